@@ -1,0 +1,32 @@
+# make quickstart: train and compare on real text.  make test: every test.  Both set up all they need.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+VENV := .venv
+# The first of these that runs: 3.11 and 3.12 take the dependencies that the tests were run with.
+PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+READY := $(VENV)/ready
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(READY)
+	@$(VENV)/bin/python examples/quickstart/run.py $(if $(PAIRS),--pairs "$(PAIRS)")
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# torch alone and first, so that no other package chooses its version.
+$(READY): setup.py constraints.txt
+	@echo "Setting up $(VENV) with $(PYTHON) (once; a few minutes)"
+	@test -n "$(PYTHON)" || { echo "No Python was found; Python 3.11 is needed" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

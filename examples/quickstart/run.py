@@ -1,0 +1,337 @@
+"""The quick start: label smoothing and self-KD, trained alike on real text and compared.
+
+Run it with ``make quickstart``. Every step writes below one folder and is not repeated once it is
+done; a training that was interrupted goes on from its last checkpoint.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequence, Tuple
+
+import sacrebleu
+import sentencepiece
+import torch
+from corpus import CorpusError, clean, fetch_help, read_help, read_pairs, split, write
+from rich.console import Console
+from rich.table import Table
+from sacrebleu.significance import PairedTest
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 1
+LOG_INTERVAL = 50
+ARMS = {
+    "label smoothing": ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
+    "self-KD": [
+        *("--criterion", "self_kd", "--label-smoothing", "0.1"),
+        *("--self-kd-weight", "0.5", "--self-kd-start-update", "400"),
+        *("--self-kd-ramp-updates", "400", "--self-kd-refresh-interval", "100"),
+    ],
+}
+MODEL = [
+    *("--arch", "transformer", "--share-all-embeddings"),
+    *("--encoder-layers", "3", "--decoder-layers", "3"),
+    *("--encoder-embed-dim", "256", "--decoder-embed-dim", "256"),
+    *("--encoder-ffn-embed-dim", "512", "--decoder-ffn-embed-dim", "512"),
+    *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--dropout", "0.1"),
+]
+OPTIMISATION = [
+    *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0"),
+    *("--lr", "0.002", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "400"),
+]
+
+
+def main() -> None:
+    """Do what is not done yet, then print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pairs", type=Path, metavar="FILE.tsv", help="your own corpus: source, tab, target"
+    )
+    parser.add_argument("--langs", default="en-de", help="two languages (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=1500, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=2500, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="default: runs/quickstart-<corpus>")
+    args = parser.parse_args()
+    languages = tuple(args.langs.split("-"))
+    if len(languages) != 2 or not all(languages) or languages[0] == languages[1]:
+        parser.error(f"--langs is {args.langs!r}; allowed: two languages, such as en-de")
+    if args.updates < 1:
+        parser.error(f"--updates is {args.updates}; allowed: 1 or more")
+    began = time.time()
+    try:
+        folder = (args.out or ROOT / "runs" / _name(args.pairs, args.langs)).resolve()
+        print(f"Everything is kept in {_short(folder)}", flush=True)
+        prepare_text(args.pairs, languages, folder)
+    except CorpusError as error:
+        _stop(str(error))
+    binarise(folder, languages)
+    arms = {name: Arm(name, folder, args.updates, args.max_tokens) for name in ARMS}
+    for arm in arms.values():
+        arm.train()
+    for arm in arms.values():
+        arm.translate()
+    report(list(arms.values()), folder, languages)
+    print(f"Done in {(time.time() - began) / 60:.1f} minutes.")
+
+
+def prepare_text(pairs: Optional[Path], languages: Tuple[str, str], folder: Path) -> None:
+    """Get the corpus, split it, and cut it into the pieces of a joint vocabulary."""
+    text, pieces = folder / "text", folder / "pieces"
+    if not (text / "done").exists():
+        if pairs is not None:
+            _step(f"Corpus: {pairs}")
+            found = read_pairs(pairs)
+        else:
+            _step("Corpus: the help pages of LibreOffice (MPL-2.0), from Debian's packages")
+            download = ROOT / "runs" / "download"
+            fetch_help(languages, download)
+            found = read_help(languages, download)
+        kept = clean(found)
+        print(f"  {len(found)} pairs, {len(kept)} after cleaning", flush=True)
+        write(split(kept, min(1000, max(1, len(kept) // 20))), languages, text)
+        (text / "done").touch()
+    if not (pieces / "done").exists():
+        _step("Vocabulary: one sentencepiece model for both languages")
+        pieces.mkdir(exist_ok=True)
+        train = [text / f"train.{language}" for language in languages]
+        sentencepiece.SentencePieceTrainer.train(
+            input=",".join(map(str, train)),
+            model_prefix=str(pieces / "joint"),
+            model_type="bpe",
+            vocab_size=4000,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            minloglevel=2,
+        )
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "joint.model"))
+        for plain in sorted(text.glob("*.*")):
+            lines = plain.read_text(encoding="utf-8").splitlines()
+            cut = processor.encode(lines, out_type=str)
+            (pieces / plain.name).write_text(
+                "".join(" ".join(line) + "\n" for line in cut), encoding="utf-8"
+            )
+        (pieces / "done").touch()
+
+
+def binarise(folder: Path, languages: Tuple[str, str]) -> None:
+    """Run fairseq-preprocess."""
+    source, target = languages
+    data, pieces = folder / "data", folder / "pieces"
+    if (data / "done").exists():
+        return
+    _step("fairseq-preprocess")
+    _run(
+        [
+            *("fairseq-preprocess", "--source-lang", source, "--target-lang", target),
+            *("--trainpref", pieces / "train", "--validpref", pieces / "valid"),
+            *("--testpref", pieces / "test", "--joined-dictionary", "--destdir", data),
+        ],
+        folder / "preprocess.log",
+    )
+    (data / "done").touch()
+
+
+class Arm:
+    """One criterion: a training, a translation of the test set, and their figures."""
+
+    def __init__(self, name: str, folder: Path, updates: int, max_tokens: int) -> None:
+        self.name = name
+        self.data = folder / "data"
+        self.updates = updates
+        settings = json.dumps([ARMS[name], MODEL, OPTIMISATION, updates, max_tokens, SEED])
+        key = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        # Other settings are another run: they must not go on from this one's checkpoint.
+        self.folder = folder / f"{name.replace(' ', '-')}-{key}"
+        self.checkpoint = self.folder / "checkpoint_best.pt"
+        self.train_log = self.folder / "train.log"
+        self.command = [
+            *("fairseq-train", self.data, "--user-dir", ROOT / "fairseq_skd"),
+            *(ARMS[name] + MODEL + OPTIMISATION),
+            *("--max-tokens", max_tokens, "--max-update", updates, "--seed", SEED),
+            *("--save-dir", self.folder, "--save-interval-updates", 100),
+            *("--keep-interval-updates", 1, "--validate-interval-updates", 250),
+            *("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", LOG_INTERVAL),
+        ]
+
+    def train(self) -> None:
+        """Train to the end, from the last checkpoint if there is one."""
+        if (self.folder / "done").exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _step(f"Training with {self.name}: {self.updates} updates on {_device()}")
+        _run(self.command, self.train_log, self._progress)
+        (self.folder / "done").touch()
+
+    def _progress(self, line: str) -> None:
+        kind, values = _record(line)
+        if kind == "train_inner":
+            done, seconds = int(values["num_updates"]), _seconds(values)
+            left = (self.updates - done) * seconds / 60
+            print(
+                f"  update {done:>5} of {self.updates}   loss {values['loss']:>6}"
+                f"   {seconds:.2f} s an update   about {left:.1f} minutes left",
+                flush=True,
+            )
+        elif kind == "valid":
+            print(f"  validation perplexity {values['valid_ppl']}", flush=True)
+
+    def translate(self) -> None:
+        """Translate the test set with the best checkpoint."""
+        output = self.folder / "test.out"
+        if output.exists():
+            return
+        _step(f"fairseq-generate with {self.name}")
+        partial = self.folder / "test.partial"
+        _run(
+            [
+                *("fairseq-generate", self.data, "--user-dir", ROOT / "fairseq_skd"),
+                *("--path", self.checkpoint, "--beam", 5, "--max-tokens", 4000),
+                *("--remove-bpe", "sentencepiece"),
+            ],
+            partial,
+        )
+        partial.rename(output)
+
+    def hypotheses(self) -> List[str]:
+        """Return the translations in the order of the test set."""
+        found: Dict[int, str] = {}
+        for line in (self.folder / "test.out").read_text(encoding="utf-8").splitlines():
+            if line.startswith("H-"):
+                number, _, text = line.split("\t")
+                found[int(number[2:])] = text
+        return [found[i] for i in sorted(found)]
+
+    def figures(self) -> Dict[str, float]:
+        """Return the best validation perplexity and the median seconds of an update."""
+        records = [_record(line) for line in self.train_log.read_text().splitlines()]
+        return {
+            "valid_ppl": min(float(r["valid_ppl"]) for kind, r in records if kind == "valid"),
+            "seconds": statistics.median(
+                _seconds(r) for kind, r in records if kind == "train_inner"
+            ),
+        }
+
+
+def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
+    """Print scores with their signatures and some translations; keep them as JSON."""
+    source, reference = (
+        (folder / "text" / f"test.{language}").read_text(encoding="utf-8").splitlines()
+        for language in languages
+    )
+    systems = [(arm.name, arm.hypotheses()) for arm in arms]
+    test = PairedTest(
+        systems,
+        {"BLEU": sacrebleu.BLEU(), "chrF": sacrebleu.CHRF()},
+        [reference],
+        test_type="bs",
+        n_samples=1000,
+    )
+    signatures, scores = test()
+    results: Dict[str, Any] = {
+        arm.name: {
+            **{metric: scores[metric][i].score for metric in signatures},
+            **arm.figures(),
+            "command": shlex.join(map(str, arm.command)),
+        }
+        for i, arm in enumerate(arms)
+    }
+    table = Table(title=f"{'-'.join(languages)}, {len(reference)} test sentences, seed {SEED}")
+    for heading in ("criterion", "BLEU", "chrF", "validation perplexity", "seconds an update"):
+        table.add_column(heading, justify="left" if heading == "criterion" else "right")
+    for name, row in results.items():
+        columns = f"{row['BLEU']:.1f} {row['chrF']:.1f} {row['valid_ppl']:.2f} {row['seconds']:.2f}"
+        table.add_row(name, *columns.split())
+    console = Console(width=100, highlight=False)
+    console.print()
+    console.print(table)
+    for metric, signature in signatures.items():
+        p_value = scores[metric][1].p_value
+        console.print(f"{metric}: p = {p_value:.3f} for no difference. {signature}", soft_wrap=True)
+        results.setdefault("signature", {})[metric] = str(signature)
+        results.setdefault("p_value", {})[metric] = p_value
+    console.print(
+        "One seed: below 0.05 the difference on this test set is hardly chance; another seed may "
+        "still show another one.\n"
+    )
+    for i in range(len(reference) // 6, len(reference), len(reference) // 3 + 1):
+        lines = [("source", source[i]), ("reference", reference[i])]
+        for label, text in lines + [(name, hypotheses[i]) for name, hypotheses in systems]:
+            console.print(f"{label + ':':<17}{text}", markup=False, soft_wrap=True)
+        console.print()
+    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def _record(line: str) -> Tuple[str, Dict[str, Any]]:
+    """Return the kind and the values of a line of fairseq's JSON log; "" for any other line."""
+    parts = line.split(" | ", 3)
+    if len(parts) < 4 or parts[2].strip() not in ("train_inner", "valid"):
+        return "", {}
+    return parts[2].strip(), json.loads(parts[3])
+
+
+def _seconds(record: Dict[str, Any]) -> float:
+    """Return the seconds of one update, without validation and saving, from a log record."""
+    return float(record["train_wall"]) / LOG_INTERVAL
+
+
+def _run(
+    command: Sequence[Any], log: Path, on_line: Callable[[str], None] = lambda line: None
+) -> None:
+    """Run a command, keep its output in a log and hand on every line; stop on failure."""
+    arguments = [str(argument) for argument in command]
+    print(f"  $ {shlex.join([_short(a) for a in arguments])}", flush=True)
+    # The commands of this interpreter's environment, whether or not it is activated.
+    arguments[0] = str(Path(sys.executable).parent / arguments[0])
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        assert process.stdout is not None
+        try:
+            tail: Deque[str] = collections.deque(maxlen=15)
+            for line in process.stdout:
+                file.write(line)
+                tail.append(line)
+                on_line(line.rstrip("\n"))
+        except KeyboardInterrupt:
+            process.wait()
+            sys.exit("\nInterrupted. The same command goes on from here.")
+    if process.wait() != 0:
+        _stop(f"{arguments[0]} failed; the end of {_short(log)}:\n{''.join(tail)}")
+
+
+def _name(pairs: Optional[Path], langs: str) -> str:
+    if pairs is None:
+        return f"quickstart-{langs}"
+    content = pairs.read_bytes() if pairs.is_file() else b""
+    return f"quickstart-{pairs.stem}-{langs}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def _short(path: Any) -> str:
+    return os.path.relpath(path) if os.path.isabs(path) else str(path)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} cores"
+
+
+def _step(title: str) -> None:
+    print(f"\n{title}", flush=True)
+
+
+def _stop(message: str) -> NoReturn:
+    sys.exit(f"\nThe quick start has stopped: {message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Self-knowledge distillation for sequence models: a fairseq criterion, and its parts in PyTorch.
+
+With fairseq, importing this package (``--user-dir``) registers the criterion ``self_kd``. Without
+it, the functions below are all there is, and all that another trainer needs.
+"""
+
+import importlib.util
+
+from fairseq_skd.linear_loss import LinearLosses, self_kd_linear_cross_entropy
+from fairseq_skd.loss import Losses, reference_loss, self_kd_cross_entropy
+from fairseq_skd.neighbors import Neighbors, nearest_neighbors
+from fairseq_skd.schedule import self_kd_weight
+from fairseq_skd.soft_target import SelfTeacher, SoftTarget, automatic_sigma, soft_target
+from fairseq_skd.version import __version__
+
+if importlib.util.find_spec("fairseq") is not None:
+    import fairseq_skd.criterion  # noqa: F401  (registers the criterion)
+
+__all__ = [
+    "LinearLosses",
+    "Losses",
+    "Neighbors",
+    "SelfTeacher",
+    "SoftTarget",
+    "__version__",
+    "automatic_sigma",
+    "nearest_neighbors",
+    "reference_loss",
+    "self_kd_cross_entropy",
+    "self_kd_linear_cross_entropy",
+    "self_kd_weight",
+    "soft_target",
+]

@@ -1,0 +1,78 @@
+"""The settings of self-distillation: defaults, what is allowed, and the run's signature."""
+
+import math
+from dataclasses import dataclass
+from typing import Optional, Union
+
+from fairseq_skd.neighbors import SIMILARITIES
+from fairseq_skd.soft_target import CANDIDATES
+from fairseq_skd.version import __version__
+
+__all__ = ["SelfKDOptions", "parse_sigma"]
+
+
+@dataclass(frozen=True)
+class SelfKDOptions:
+    """Settings of the criterion; every field is the option ``--self-kd-<field>``.
+
+    Raises
+    ------
+    ValueError
+        On creation, for a value that is not allowed: it names the option, the value and what is.
+    """
+
+    weight: float = 0.5
+    start_update: int = 1000
+    ramp_updates: int = 1000
+    candidates: str = "neighbors"
+    top_k: int = 10
+    similarity: str = "euclidean"
+    sigma: Optional[float] = None
+    sigma_scale: float = 1.0
+    max_mass: float = 0.5
+    refresh_interval: int = 500
+
+    def __post_init__(self) -> None:
+        self._check("weight", 0 <= self.weight <= 1, "a number from 0 to 1")
+        self._check("max_mass", 0 <= self.max_mass <= 1, "a number from 0 to 1")
+        self._check("start_update", self.start_update >= 0, "0 or more updates")
+        self._check("ramp_updates", self.ramp_updates >= 0, "0 or more updates")
+        self._check("refresh_interval", self.refresh_interval >= 1, "1 or more updates")
+        self._check("top_k", self.top_k >= 1, "1 or more words")
+        self._check("candidates", self.candidates in CANDIDATES, ", ".join(CANDIDATES))
+        self._check("similarity", self.similarity in SIMILARITIES, ", ".join(SIMILARITIES))
+        self._check("sigma_scale", 0 < self.sigma_scale < math.inf, "a positive number")
+        if self.sigma is not None:
+            self._check("sigma", 0 < self.sigma < math.inf, "'auto' or a positive number")
+
+    def _check(self, field: str, allowed: bool, what: str) -> None:
+        if not allowed:  # also for NaN, which fails every comparison
+            option = f"--self-kd-{field.replace('_', '-')}"
+            raise ValueError(f"{option} is {getattr(self, field)}; allowed: {what}")
+
+    def signature(self) -> str:
+        """Return one line that says what was computed, to be quoted beside a result."""
+        sigma = f"auto*{self.sigma_scale}" if self.sigma is None else f"{self.sigma}"
+        return (
+            f"self_kd|cand:{self.candidates}|k:{self.top_k}|sim:{self.similarity}|sigma:{sigma}"
+            f"|mass:{self.max_mass}|weight:{self.weight}|start:{self.start_update}"
+            f"|ramp:{self.ramp_updates}|refresh:{self.refresh_interval}|version:{__version__}"
+        )
+
+
+def parse_sigma(value: Union[str, float, None]) -> Optional[float]:
+    """Return a fixed sigma, or None for automatic (``"auto"`` or None).
+
+    Raises
+    ------
+    ValueError
+        If the text is neither a number nor ``auto``.
+    """
+    if value is None or value == "auto":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(
+            f"--self-kd-sigma is {value!r}; allowed: 'auto' or a positive number"
+        ) from None
