@@ -32,20 +32,20 @@ ARMS = {
     "label smoothing": ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
     "self-KD": [
         *("--criterion", "self_kd", "--label-smoothing", "0.1"),
-        *("--self-kd-weight", "0.5", "--self-kd-start-update", "400"),
-        *("--self-kd-ramp-updates", "400", "--self-kd-refresh-interval", "100"),
+        *("--self-kd-weight", "0.5", "--self-kd-start-update", "300"),
+        *("--self-kd-ramp-updates", "300", "--self-kd-refresh-interval", "100"),
     ],
 }
 MODEL = [
     *("--arch", "transformer", "--share-all-embeddings"),
     *("--encoder-layers", "3", "--decoder-layers", "3"),
-    *("--encoder-embed-dim", "256", "--decoder-embed-dim", "256"),
-    *("--encoder-ffn-embed-dim", "512", "--decoder-ffn-embed-dim", "512"),
+    *("--encoder-embed-dim", "128", "--decoder-embed-dim", "128"),
+    *("--encoder-ffn-embed-dim", "256", "--decoder-ffn-embed-dim", "256"),
     *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--dropout", "0.1"),
 ]
 OPTIMISATION = [
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0"),
-    *("--lr", "0.002", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "400"),
+    *("--lr", "0.004", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "300"),
 ]
 
 
@@ -56,8 +56,8 @@ def main() -> None:
         "--pairs", type=Path, metavar="FILE.tsv", help="your own corpus: source, tab, target"
     )
     parser.add_argument("--langs", default="en-de", help="two languages (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1500, help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=2500, help="default: %(default)s")
+    parser.add_argument("--updates", type=int, default=900, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=1500, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: runs/quickstart-<corpus>")
     args = parser.parse_args()
     languages = tuple(args.langs.split("-"))
@@ -295,16 +295,20 @@ def _run(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
         assert process.stdout is not None
+        tail: Deque[str] = collections.deque(maxlen=15)
         try:
-            tail: Deque[str] = collections.deque(maxlen=15)
             for line in process.stdout:
                 file.write(line)
                 tail.append(line)
                 on_line(line.rstrip("\n"))
-        except KeyboardInterrupt:
+            status = process.wait()
+        except BaseException as error:
+            process.terminate()
             process.wait()
-            sys.exit("\nInterrupted. The same command goes on from here.")
-    if process.wait() != 0:
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit("\nInterrupted. The same command goes on from here.")
+            raise
+    if status != 0:
         _stop(f"{arguments[0]} failed; the end of {_short(log)}:\n{''.join(tail)}")
 
 
