@@ -10,7 +10,7 @@ from fairseq_skd.linear_loss import LinearLosses, self_kd_linear_cross_entropy
 from fairseq_skd.loss import Losses, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import Neighbors, nearest_neighbors
 from fairseq_skd.schedule import self_kd_weight
-from fairseq_skd.soft_target import SelfTeacher, SoftTarget, automatic_sigma, soft_target
+from fairseq_skd.soft_targets import SelfTeacher, SoftTarget, automatic_sigma, soft_target
 from fairseq_skd.version import __version__
 
 if importlib.util.find_spec("fairseq") is not None:

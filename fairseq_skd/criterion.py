@@ -23,7 +23,7 @@ from fairseq_skd.neighbors import SIMILARITIES
 from fairseq_skd.options import SelfKDOptions, parse_sigma
 from fairseq_skd.output_projection import OutputProjection, find_output_projection
 from fairseq_skd.schedule import self_kd_weight as weight_at
-from fairseq_skd.soft_target import CANDIDATES, SelfTeacher
+from fairseq_skd.soft_targets import CANDIDATES, SelfTeacher
 
 __all__ = ["SelfKDCriterion", "SelfKDCriterionConfig", "eligible_words"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_skd.loss import sparse_target
-from fairseq_skd.soft_target import SelfTeacher
+from fairseq_skd.soft_targets import SelfTeacher
 
 __all__ = ["LinearLosses", "self_kd_linear_cross_entropy"]
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_skd.soft_target import SoftTarget
+from fairseq_skd.soft_targets import SoftTarget
 
 __all__ = ["Losses", "ends_in_product", "reference_loss", "self_kd_cross_entropy", "sparse_target"]
 

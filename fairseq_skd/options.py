@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 from fairseq_skd.neighbors import SIMILARITIES
-from fairseq_skd.soft_target import CANDIDATES
+from fairseq_skd.soft_targets import CANDIDATES
 from fairseq_skd.version import __version__
 
 __all__ = ["SelfKDOptions", "parse_sigma"]

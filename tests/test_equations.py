@@ -16,7 +16,7 @@ from fairseq_skd import (
     self_kd_weight,
     soft_target,
 )
-from fairseq_skd.soft_target import CANDIDATES
+from fairseq_skd.soft_targets import CANDIDATES
 
 # Five words on a line, at 0, 1, 3, 3.5 and 10.
 LINE = torch.tensor([[0.0], [1.0], [3.0], [3.5], [10.0]])

@@ -11,7 +11,7 @@ from fairseq_skd import (
     self_kd_linear_cross_entropy,
 )
 from fairseq_skd.loss import ends_in_product
-from fairseq_skd.soft_target import CANDIDATES
+from fairseq_skd.soft_targets import CANDIDATES
 
 PAD = 1
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
