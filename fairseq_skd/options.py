@@ -21,7 +21,7 @@ class SelfKDOptions:
         On creation, for a value that is not allowed: it names the option, the value and what is.
     """
 
-    weight: float = 0.5
+    weight: float = 0.2
     start_update: int = 1000
     ramp_updates: int = 1000
     candidates: str = "neighbors"

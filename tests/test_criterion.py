@@ -7,6 +7,7 @@ import pytest
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.distributed import ModuleProxyWrapper
 from fairseq.logging import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -448,6 +449,24 @@ def test_which_models_get_projection_and_loss_together(build):
     assert not find_output_projection(model, size).features_suffice
     model.get_normalized_probs = None  # a model with probabilities of its own
     assert not find_output_projection(model, size).plain_softmax
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer, tied", "lstm"])
+def test_through_distributed_data_parallel(build, train_step, tmp_path, name):
+    """PyTorch's DDP sees the forward pass, and reduces the gradient of the projection too."""
+    built = build(*MODELS[name], *SELF_KD, *NOW, "--self-kd-weight", 0.5)
+    expected = train_step(built, built.samples[0], update_num=3)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = ModuleProxyWrapper(torch.nn.parallel.DistributedDataParallel(built.model))
+        ours = train_step(built, built.samples[0], update_num=3, model=wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    gradients = {n.replace("module.", ""): g for n, g in ours.gradients.items()}
+    assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert_same_gradients(gradients, expected.gradients)
 
 
 def test_a_model_with_probabilities_of_its_own_trains_on_them(build, train_step):

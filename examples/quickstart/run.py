@@ -32,7 +32,7 @@ ARMS = {
     "label smoothing": ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
     "self-KD": [
         *("--criterion", "self_kd", "--label-smoothing", "0.1"),
-        *("--self-kd-weight", "0.5", "--self-kd-start-update", "300"),
+        *("--self-kd-start-update", "300"),
         *("--self-kd-ramp-updates", "300", "--self-kd-refresh-interval", "100"),
     ],
 }
@@ -56,7 +56,7 @@ def main() -> None:
         "--pairs", type=Path, metavar="FILE.tsv", help="your own corpus: source, tab, target"
     )
     parser.add_argument("--langs", default="en-de", help="two languages (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=900, help="default: %(default)s")
+    parser.add_argument("--updates", type=int, default=1100, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=int, default=1500, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: runs/quickstart-<corpus>")
     args = parser.parse_args()
@@ -194,6 +194,7 @@ class Arm:
             [
                 *("fairseq-generate", self.data, "--user-dir", ROOT / "fairseq_skd"),
                 *("--path", self.checkpoint, "--beam", 5, "--max-tokens", 4000),
+                *("--max-len-a", 1.5, "--max-len-b", 10),
                 *("--remove-bpe", "sentencepiece"),
             ],
             partial,
@@ -229,7 +230,7 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
     systems = [(arm.name, arm.hypotheses()) for arm in arms]
     test = PairedTest(
         systems,
-        {"BLEU": sacrebleu.BLEU(), "chrF": sacrebleu.CHRF()},
+        {"BLEU": sacrebleu.BLEU(), "chrF2": sacrebleu.CHRF()},
         [reference],
         test_type="bs",
         n_samples=1000,
@@ -244,10 +245,12 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
         for i, arm in enumerate(arms)
     }
     table = Table(title=f"{'-'.join(languages)}, {len(reference)} test sentences, seed {SEED}")
-    for heading in ("criterion", "BLEU", "chrF", "validation perplexity", "seconds an update"):
+    for heading in ("criterion", "BLEU", "chrF2", "validation perplexity", "seconds an update"):
         table.add_column(heading, justify="left" if heading == "criterion" else "right")
     for name, row in results.items():
-        columns = f"{row['BLEU']:.1f} {row['chrF']:.1f} {row['valid_ppl']:.2f} {row['seconds']:.2f}"
+        columns = (
+            f"{row['BLEU']:.1f} {row['chrF2']:.1f} {row['valid_ppl']:.2f} {row['seconds']:.2f}"
+        )
         table.add_row(name, *columns.split())
     console = Console(width=100, highlight=False)
     console.print()

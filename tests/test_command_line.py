@@ -1,0 +1,300 @@
+"""fairseq's commands, as users call them, on a tiny corpus."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command
+
+TRAINING = [
+    *("--user-dir", PLUGIN, "--cpu", "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 200),
+    *("--log-format", "json", "--log-interval", 1, "--seed", 3),
+]
+SELF_KD = [
+    *("--criterion", "self_kd", "--label-smoothing", 0.1, "--self-kd-top-k", 5),
+    *("--self-kd-weight", 0.5, "--self-kd-start-update", 4, "--self-kd-ramp-updates", 6),
+]
+TRANSFORMER = ["--arch", "transformer", *TINY]
+
+
+def train(data, save_dir, *arguments, base=(*TRANSFORMER, *SELF_KD)):
+    return command("fairseq-train", data, *TRAINING, *base, "--save-dir", save_dir, *arguments)
+
+
+def logged(output, kind="train_inner"):
+    lines = (line.split(" | ", 3) for line in output.splitlines())
+    return [json.loads(parts[3]) for parts in lines if len(parts) == 4 and parts[2] == kind]
+
+
+def weights(checkpoint):
+    return torch.load(checkpoint, weights_only=False)["model"]
+
+
+def assert_equal_weights(one, other, tolerance=0.0):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert (value - other[name]).abs().max() <= tolerance, name
+
+
+@pytest.fixture(scope="module")
+def translation(corpus, tmp_path_factory):
+    """A trained translation model: its folder and fairseq-train's output."""
+    folder = tmp_path_factory.mktemp("translation")
+    output = train(corpus / "pair", folder, "--max-epoch", 2, "--report-accuracy")
+    return folder, output
+
+
+def test_training_says_what_it_does(translation):
+    _, output = translation
+    assert "self_kd|cand:neighbors|k:5|sim:euclidean|sigma:auto*" in output
+    assert "40 of 48 words are eligible" in output
+    records = logged(output)
+    assert float(records[0]["self_kd_weight"]) == 0
+    assert "self_kd_loss" not in records[0]
+    assert float(records[-1]["self_kd_weight"]) == 0.5
+    assert 0 < float(records[-1]["self_kd_mass"]) <= 0.5
+    assert float(records[-1]["self_kd_loss"]) > 0
+    validation = logged(output, "valid")
+    assert len(validation) == 2
+    assert not any("self_kd" in key for record in validation for key in record)
+    assert "valid_accuracy" in validation[0]
+
+
+def test_generate_interactive_and_validate(translation, corpus):
+    folder, _ = translation
+    model = ["--path", folder / "checkpoint_best.pt", "--user-dir", PLUGIN, "--cpu"]
+    output = command("fairseq-generate", corpus / "pair", *model, "--scoring", "sacrebleu")
+    assert len(re.findall(r"^H-", output, re.MULTILINE)) == 12
+    assert "BLEU" in output
+    source = corpus / "test.src"
+    output = command("fairseq-interactive", corpus / "pair", *model, "--input", source)
+    assert len(re.findall(r"^H-", output, re.MULTILINE)) == 12
+    output = command("fairseq-validate", corpus / "pair", *model, "--valid-subset", "valid")
+    assert "nll_loss" in output
+
+
+@pytest.mark.parametrize(
+    ("interval", "stop"), [(1, 7), (5, 10), (100, 4)], ids=["always", "multiple", "before"]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(corpus, tmp_path, interval, stop):
+    """Bit by bit: fresh tables, a checkpoint when one is due, or one before the start.
+
+    Within the first epoch: in later ones fairseq 0.12.3 resumes with other batches, whatever the
+    criterion.
+    """
+    options = [*("--self-kd-refresh-interval", interval, "--save-interval-updates", stop)]
+    options += ["--max-update", 14, "--disable-validation", "--max-tokens", 70]
+    train(corpus / "pair", tmp_path / "whole", *options)
+    checkpoint = tmp_path / "whole" / f"checkpoint_1_{stop}.pt"
+    output = train(corpus / "pair", tmp_path / "resumed", *options, "--restore-file", checkpoint)
+    assert f"@ {stop} updates" in output
+    assert_equal_weights(
+        tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "resumed" / "checkpoint_last.pt"
+    )
+
+
+def test_two_workers_equal_one_that_accumulates(corpus, tmp_path):
+    options = ["--dropout", 0, "--max-update", 9, "--disable-validation", "--max-tokens", 100]
+    options += ["--self-kd-start-update", 2, "--self-kd-refresh-interval", 3]
+    train(corpus / "pair", tmp_path / "one", *options, "--update-freq", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # fairseq cannot wrap a model on a CPU in PyTorch's DDP (see test_criterion for that one).
+    shared = [*TRAINING, *TRANSFORMER, *SELF_KD, *options, "--ddp-backend", "legacy_ddp"]
+    shared += ["--save-dir", tmp_path / "two", "--distributed-world-size", 2]
+    shared += ["--distributed-no-spawn", "--distributed-backend", "gloo"]
+    shared += ["--distributed-init-method", f"tcp://127.0.0.1:{port}"]
+    program = [sys.executable, "-m", "fairseq_cli.train", corpus / "pair", *map(str, shared)]
+    workers = [
+        subprocess.Popen(
+            [*program, "--distributed-rank", str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+    assert float(logged(outputs[0])[-1]["self_kd_weight"]) > 0
+    assert_equal_weights(
+        tmp_path / "one" / "checkpoint_last.pt",
+        tmp_path / "two" / "checkpoint_last.pt",
+        tolerance=2e-5,
+    )
+
+
+def test_language_model(corpus, tmp_path):
+    base = ["--task", "language_modeling", "--tokens-per-sample", 20, "--arch", "transformer_lm"]
+    output = train(
+        corpus / "lm",
+        tmp_path,
+        *("--max-epoch", 2, "--self-kd-candidates", "both"),
+        base=[*base, *TINY_LM, "--share-decoder-input-output-embed", *SELF_KD],
+    )
+    assert "self_kd_loss" in logged(output)[-1]
+    path = tmp_path / "checkpoint_best.pt"
+    output = command(
+        "fairseq-eval-lm", corpus / "lm", "--path", path, "--user-dir", PLUGIN, "--cpu"
+    )
+    assert "Perplexity" in output
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        ["--arch", "lstm", "--encoder-embed-dim", 16, "--decoder-embed-dim", 16],
+        ["--arch", "fconv", "--encoder-layers", "[(16, 3)]", "--decoder-layers", "[(16, 3)]"],
+    ],
+    ids=["lstm", "convolutional"],
+)
+def test_other_models(corpus, tmp_path, base):
+    output = train(corpus / "pair", tmp_path, "--max-epoch", 1, base=[*base, *SELF_KD])
+    assert "self_kd_loss" in logged(output)[-1]
+    path = tmp_path / "checkpoint_best.pt"
+    output = command(
+        "fairseq-generate", corpus / "pair", "--path", path, "--user-dir", PLUGIN, "--cpu"
+    )
+    assert "BLEU4" in output
+
+
+def test_hydra_train_from_a_yaml(corpus, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"""# @package _group_
+common: {{cpu: true, user_dir: {PLUGIN}, log_format: json, log_interval: 1, seed: 3}}
+task: {{_name: translation, data: {corpus / "pair"}}}
+model:
+  _name: transformer
+  encoder: {{embed_dim: 16, layers: 1, ffn_embed_dim: 16, attention_heads: 2}}
+  decoder: {{embed_dim: 16, layers: 1, ffn_embed_dim: 16, attention_heads: 2}}
+criterion:
+  _name: self_kd
+  label_smoothing: 0.1
+  self_kd_weight: 0.4
+  self_kd_start_update: 0
+  self_kd_ramp_updates: 0
+  self_kd_top_k: 5
+  self_kd_sigma: 2.5
+  self_kd_similarity: cosine
+dataset: {{max_tokens: 200}}
+optimization: {{max_epoch: 1, lr: [0.01]}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 4}}
+checkpoint: {{save_dir: {tmp_path / "save"}}}
+"""
+    )
+    output = command(
+        "fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "run", cwd=tmp_path
+    )
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log")) + output
+    assert "k:5|sim:cosine|sigma:2.5|" in log
+    assert '"self_kd_weight": "0.4"' in log
+    assert (tmp_path / "save" / "checkpoint_last.pt").exists()
+
+
+def test_eval_bleu_during_validation(corpus, tmp_path):
+    output = train(
+        corpus / "pair",
+        tmp_path,
+        *("--max-epoch", 1, "--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}'),
+        *("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"),
+        base=["--task", "translation", *TRANSFORMER, *SELF_KD],
+    )
+    assert "valid_bleu" in logged(output, "valid")[0]
+
+
+def test_going_on_from_a_checkpoint_of_another_criterion(corpus, tmp_path):
+    """As the README's troubleshooting says."""
+    label_smoothing = ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1]
+    short = ["--max-update", 2, "--disable-validation"]
+    train(corpus / "pair", tmp_path / "first", *short, base=[*TRANSFORMER, *label_smoothing])
+    checkpoint = tmp_path / "first" / "checkpoint_last.pt"
+    restore = ["--restore-file", checkpoint, "--reset-optimizer", "--reset-lr-scheduler"]
+    output = train(corpus / "pair", tmp_path / "second", *short, *restore, "--reset-dataloader")
+    assert "Loaded checkpoint" in output
+
+
+def test_both_names_resume_each_other(corpus, tmp_path):
+    short = ["--disable-validation", "--max-update"]
+    train(corpus / "pair", tmp_path, *short, 3)
+    other = ["--criterion", "self_kd_label_smoothed_cross_entropy", *SELF_KD[2:]]
+    output = train(corpus / "pair", tmp_path, *short, 5, base=[*TRANSFORMER, *other])
+    assert "@ 3 updates" in output
+
+
+def test_bad_options_stop_before_training(corpus, tmp_path):
+    with pytest.raises(
+        AssertionError, match=r"--self-kd-max-mass is 2\.0; allowed: a number from 0"
+    ):
+        train(corpus / "pair", tmp_path, "--self-kd-max-mass", 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adaptive_softmax_stops_before_training(corpus, tmp_path):
+    base = ["--task", "language_modeling", "--tokens-per-sample", 20, "--arch", "transformer_lm"]
+    base += [*TINY_LM, "--adaptive-softmax-cutoff", "20,30", *SELF_KD]
+    with pytest.raises(AssertionError, match="adaptive softmax keeps the words in several tables"):
+        train(corpus / "lm", tmp_path, base=base)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_plugin():
+    assert Path(command("fairseq-skd", "path").splitlines()[-1]) == PLUGIN
+    assert re.fullmatch(r"\d+\.\d+\.\d+", command("fairseq-skd", "--version").splitlines()[-1])
+
+
+def quickstart(*arguments):
+    return command("python", ROOT / "examples" / "quickstart" / "run.py", *arguments)
+
+
+def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
+    """From a file of pairs to the table; a second time nothing is repeated."""
+    pairs = tmp_path / "pairs.tsv"
+    source = (corpus / "train.src").read_text().splitlines()
+    target = (corpus / "train.tgt").read_text().splitlines()
+    numbers = str.maketrans("0123456789", "abcdefghij")
+    pairs.write_text(
+        "".join(f"{s}\t{t}\n".translate(numbers) for s, t in zip(source, target)), encoding="utf-8"
+    )
+    arguments = ["--pairs", pairs, "--langs", "xx-yy", "--updates", 60, "--out", tmp_path / "out"]
+    output = quickstart(*arguments)
+    assert "update    50 of 60" in output
+    assert re.search(r"label smoothing +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
+    assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in output
+    assert len(re.findall(r"^self-KD: ", output, re.MULTILINE)) == 3
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results) == {"label smoothing", "self-KD", "signature", "p_value"}
+    again = quickstart(*arguments)
+    assert "Training" not in again
+    assert "$ fairseq" not in again
+    assert output[output.index("xx-yy, ") :].split("Done")[0] in again
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("one\ttwo\nalone\n", "line 2: 1 columns; each line must be"),
+        ("12\t34\n" * 9, "0 usable pairs are left"),
+        (None, "there is no such file"),
+    ],
+)
+def test_quickstart_with_a_bad_corpus(tmp_path, content, message):
+    pairs = tmp_path / "pairs.tsv"
+    if content is not None:
+        pairs.write_text(content)
+    with pytest.raises(AssertionError, match=message):
+        quickstart("--pairs", pairs, "--out", tmp_path / "out")
+
+
+def test_quickstart_without_debians_tools(tmp_path):
+    """The environment of these tests has no PATH to them."""
+    with pytest.raises(AssertionError, match=r"no apt-get on this machine(.|\n)*PAIRS=file\.tsv"):
+        quickstart("--langs", "en-cs", "--out", tmp_path / "out")
