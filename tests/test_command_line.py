@@ -40,6 +40,8 @@ def assert_equal_weights(one, other, tolerance=0.0):
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name, value in one.items():
+        if tolerance and name.endswith("k_proj.bias"):
+            continue  # its gradient is rounding alone, which Adam scales up
         assert (value - other[name]).abs().max() <= tolerance, name
 
 
@@ -70,7 +72,9 @@ def test_training_says_what_it_does(translation):
 def test_generate_interactive_and_validate(translation, corpus):
     folder, _ = translation
     model = ["--path", folder / "checkpoint_best.pt", "--user-dir", PLUGIN, "--cpu"]
-    output = command("fairseq-generate", corpus / "pair", *model, "--scoring", "sacrebleu")
+    # See BATCHES in examples/quickstart/run.py.
+    every = ["--required-batch-size-multiple", 1, "--scoring", "sacrebleu"]
+    output = command("fairseq-generate", corpus / "pair", *model, *every)
     assert len(re.findall(r"^H-", output, re.MULTILINE)) == 12
     assert "BLEU" in output
     source = corpus / "test.src"
