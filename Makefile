@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 READY := $(VENV)/ready
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint benchmark clean
 
 quickstart: $(READY)
 	@$(VENV)/bin/python examples/quickstart/run.py $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Wants the machine for itself.
+benchmark: $(READY)
+	$(VENV)/bin/python -m benchmarks
 
 # torch alone and first, so that no other package chooses its version.
 $(READY): setup.py constraints.txt

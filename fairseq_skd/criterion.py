@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -102,12 +102,10 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     Parameters
     ----------
+    cfg : SelfKDCriterionConfig
+        The options, or any object with these attributes.
     task : FairseqTask
         With a target dictionary.
-    sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy
-        fairseq's.
-    self_kd_weight, ... : see `SelfKDOptions`
-        ``self_kd_sigma`` is a number or ``"auto"``.
 
     Raises
     ------
@@ -115,39 +113,16 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         If an option is not allowed.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        sentence_avg: bool,
-        label_smoothing: float,
-        ignore_prefix_size: int = 0,
-        report_accuracy: bool = False,
-        self_kd_weight: float = SelfKDOptions.weight,
-        self_kd_start_update: int = SelfKDOptions.start_update,
-        self_kd_ramp_updates: int = SelfKDOptions.ramp_updates,
-        self_kd_candidates: str = SelfKDOptions.candidates,
-        self_kd_top_k: int = SelfKDOptions.top_k,
-        self_kd_similarity: str = SelfKDOptions.similarity,
-        self_kd_sigma: Any = "auto",
-        self_kd_sigma_scale: float = SelfKDOptions.sigma_scale,
-        self_kd_max_mass: float = SelfKDOptions.max_mass,
-        self_kd_refresh_interval: int = SelfKDOptions.refresh_interval,
-    ) -> None:
-        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"--label-smoothing is {label_smoothing}; allowed: 0 to 1")
-        self.options = SelfKDOptions(
-            weight=self_kd_weight,
-            start_update=self_kd_start_update,
-            ramp_updates=self_kd_ramp_updates,
-            candidates=str(self_kd_candidates),
-            top_k=self_kd_top_k,
-            similarity=str(self_kd_similarity),
-            sigma=parse_sigma(self_kd_sigma),
-            sigma_scale=self_kd_sigma_scale,
-            max_mass=self_kd_max_mass,
-            refresh_interval=self_kd_refresh_interval,
+    def __init__(self, cfg: Any, task: Any) -> None:
+        super().__init__(
+            task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy
         )
+        if not 0 <= cfg.label_smoothing <= 1:
+            raise ValueError(f"--label-smoothing is {cfg.label_smoothing}; allowed: 0 to 1")
+        values = {f.name: getattr(cfg, f"self_kd_{f.name}") for f in fields(SelfKDOptions)}
+        for choice in ("candidates", "similarity"):
+            values[choice] = str(values[choice])  # fairseq's ChoiceEnum
+        self.options = SelfKDOptions(**{**values, "sigma": parse_sigma(values["sigma"])})
         if getattr(task, "target_dictionary", None) is None:
             raise ValueError(f"self_kd needs a target dictionary; {type(task).__name__} has none")
         self._check_top_k(len(eligible_words(task.target_dictionary)))

@@ -1,0 +1,62 @@
+"""Time things in turn and take medians; read the peak of memory."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import torch
+
+
+def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:
+    """Return the seconds of each call: one call of each in every round, after one to warm up.
+
+    Whatever else slows the machine down for a while slows all of them down, so the ratio of two
+    medians is worth more than either.
+    """
+    seconds: Dict[str, List[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            _wait()
+            began = time.perf_counter()
+            function()
+            _wait()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def percentiles(seconds: List[float]) -> Dict[str, float]:
+    """Return the median and the 20th and 80th percentiles."""
+    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {"median": statistics.median(seconds), "p20": cuts[1], "p80": cuts[7]}
+
+
+def added_memory(function: Callable[[], object]) -> float:
+    """Return the peak of memory during a call over the memory before it, in MiB.
+
+    On a CPU that is the peak of the process's resident memory (Linux), so each measurement needs
+    a process of its own: memory that was freed before would be used again unseen.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 2**10
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise KeyError(field)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,36 @@
+"""What the README says is so."""
+
+import re
+
+import torch
+
+from fairseq_skd.criterion import SelfKDCriterionConfig
+from fairseq_skd.options import SelfKDOptions
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_without_fairseq_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    scope = {}
+    exec(code, scope)
+    assert scope["alpha"] == 0.2
+    assert scope["soft_target"].ids.shape == (32, 11)
+    assert scope["embedding"].grad.abs().sum() > 0
+
+
+def test_the_table_of_options_has_every_option_and_its_default():
+    table = dict(re.findall(r"^\| `(--self-kd-[a-z-]+)` \| `?([^|`]+?)`? \|", README, re.MULTILINE))
+    fields = [name for name in vars(SelfKDOptions()) if name != "sigma"]
+    expected = {f"--self-kd-{f.replace('_', '-')}": str(getattr(SelfKDOptions, f)) for f in fields}
+    assert table == {**expected, "--self-kd-sigma": "auto"}
+    assert SelfKDOptions().signature() in README
+
+
+def test_the_criterion_has_the_same_options():
+    config = SelfKDCriterionConfig()
+    for name, value in vars(SelfKDOptions()).items():
+        configured = getattr(config, f"self_kd_{name}")
+        assert str(configured) == ("auto" if value is None else str(value))
