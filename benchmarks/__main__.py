@@ -2,10 +2,12 @@
 
 import argparse
 import csv
+import logging
 import os
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Dict, List
 
@@ -34,6 +36,8 @@ def main() -> None:
         shape, name = args.memory_of
         print(added_memory(losses(SHAPES[shape])[name]))
         return
+    logging.disable(logging.INFO)  # fairseq's and hydra's, of which one would find no figure
+    warnings.simplefilter("ignore")
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor()
     conditions = (
         f"{device}; torch {torch.__version__}, fairseq {fairseq_version}, "

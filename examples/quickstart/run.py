@@ -59,7 +59,7 @@ def main() -> None:
         "--pairs", type=Path, metavar="FILE.tsv", help="your own corpus: source, tab, target"
     )
     parser.add_argument("--langs", default="en-de", help="two languages (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1100, help="default: %(default)s")
+    parser.add_argument("--updates", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=int, default=1500, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: runs/quickstart-<corpus>")
     args = parser.parse_args()
@@ -215,11 +215,11 @@ class Arm:
         return [found[i] for i in sorted(found)]
 
     def figures(self) -> Dict[str, float]:
-        """Return the best validation perplexity and the median seconds of an update."""
+        """Return the best validation perplexity and the mean seconds of an update."""
         records = [_record(line) for line in self.train_log.read_text().splitlines()]
         return {
             "valid_ppl": min(float(r["valid_ppl"]) for kind, r in records if kind == "valid"),
-            "seconds": statistics.median(
+            "seconds": statistics.fmean(
                 _seconds(r) for kind, r in records if kind == "train_inner"
             ),
         }
