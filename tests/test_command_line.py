@@ -80,7 +80,9 @@ def test_generate_interactive_and_validate(translation, corpus):
     source = corpus / "test.src"
     output = command("fairseq-interactive", corpus / "pair", *model, "--input", source)
     assert len(re.findall(r"^H-", output, re.MULTILINE)) == 12
-    output = command("fairseq-validate", corpus / "pair", *model, "--valid-subset", "valid")
+    output = command(
+        "fairseq-validate", corpus / "pair", "--task", "translation", "--max-tokens", 99, *model
+    )
     assert "nll_loss" in output
 
 
