@@ -1,7 +1,6 @@
 """Compare self-KD with fairseq's own criteria: ``python -m benchmarks`` (or ``make benchmark``)."""
 
 import argparse
-import csv
 import logging
 import os
 import platform
@@ -9,101 +8,139 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 import torch
 from fairseq import __version__ as fairseq_version
 
+from benchmarks import report
 from benchmarks.measure import added_memory, in_turn, percentiles
-from benchmarks.workloads import DEVICE, SHAPES, losses, refreshes, training_steps
+from benchmarks.workloads import (
+    BASELINE,
+    DEVICE,
+    SHAPES,
+    criteria,
+    losses,
+    refreshes,
+    training_step,
+)
 from fairseq_skd import __version__
 
-FIELDS = ["what", "shape", "name", "median", "p20", "p80", "ratio", "unit"]
+STEP = "training step (forward, backward, Adam)"
+GRADIENTS = "the same without Adam"
+LOSS = "projection and loss alone"
+REFRESH = "refresh of the neighbors"
+MEMORY = "memory added by projection and loss"
+STEP_MEMORY = "memory added by a training step"
 
 
 def main() -> None:
-    """Measure, print as it goes, and write everything to one CSV."""
+    """Measure, print as it goes, and write everything to one CSV and one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="calls of each (default: 7)")
     parser.add_argument("--only", choices=["step", "loss", "memory", "refresh"])
     parser.add_argument("--shape", choices=list(SHAPES), help="default: all")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.csv"))
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--out", type=Path, default=report.CSV)
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds is {args.rounds}; allowed: 2 or more")
-    if args.memory_of:
-        shape, name = args.memory_of
-        print(added_memory(losses(SHAPES[shape])[name]))
-        return
     logging.disable(logging.INFO)  # fairseq's and hydra's, of which one would find no figure
     warnings.simplefilter("ignore")
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor()
-    conditions = (
-        f"{device}; torch {torch.__version__}, fairseq {fairseq_version}, "
-        f"fairseq_skd {__version__}, Python {platform.python_version()}; float32; "
-        f"{torch.get_num_threads()} threads; medians of {args.rounds} in turn"
-    )
-    print(conditions, flush=True)
-    rows: List[Dict[str, object]] = []
+    if args.memory_of:
+        what, shape, name = args.memory_of
+        print(added_memory(_memory_workload(what, shape, name)))
+        return
+    conditions = {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "fairseq": fairseq_version,
+        "fairseq_skd": __version__,
+        "python": platform.python_version(),
+    }
+    print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
+    rows: List[report.Row] = []
     for name, shape in SHAPES.items():
         if args.shape not in (None, name):
             continue
+        large = shape.layers > 1
+        rounds = max(3, args.rounds // 2) if large else args.rounds
         if args.only in (None, "step"):
-            rows += _times("step", name, in_turn(training_steps(shape), args.rounds))
-        if "6+6" in name:
-            continue
-        if args.only in (None, "loss"):
-            rows += _times("loss", name, in_turn(losses(shape), args.rounds))
+            steps = {c: training_step(shape, c) for c in criteria(shape)}
+            rows += _times(STEP, name, steps, rounds)
+            del steps
+        if args.only in (None, "step") and not large:
+            steps = {c: training_step(shape, c, update=False) for c in criteria(shape)[:2]}
+            rows += _times(GRADIENTS, name, steps, rounds)
+            del steps
+        if args.only in (None, "loss") and not large:
+            rows += _times(LOSS, name, losses(shape), rounds)
         if args.only in (None, "memory"):
-            rows += _memory(name)
+            rows += _memory(STEP_MEMORY, name, criteria(shape)[:2])
+            if not large:
+                loss_names = [BASELINE, "self-KD", "self-KD from logits"]
+                rows += _memory(MEMORY, name, loss_names)
     if args.only in (None, "refresh") and args.shape is None:
-        rounds = max(2, args.rounds // 2)
-        rows += _times(
-            "refresh", "V=32768, d=512", in_turn(refreshes(32_768, 512), rounds), "products"
-        )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        file.write(f"# {conditions}\n")
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"Written to {args.out}")
+        rounds = max(3, args.rounds // 2)
+        rows += _times(REFRESH, "V = 32,768, d = 512", refreshes(32_768, 512), rounds, "products")
+    rows.sort(
+        key=lambda row: [STEP, GRADIENTS, LOSS, STEP_MEMORY, MEMORY, REFRESH].index(row["what"])
+    )
+    report.write([{**row, **conditions} for row in rows], args.out)
+    picture = args.out.with_suffix(".svg")
+    report.plot(rows, picture)
+    print(f"Written to {args.out} and {picture}; as a table: python -m benchmarks.report")
 
 
 def _times(
-    what: str, shape: str, seconds: Dict[str, List[float]], base: str = "label smoothing"
-) -> List[Dict[str, object]]:
-    figures = {name: percentiles(values) for name, values in seconds.items()}
+    what: str,
+    shape: str,
+    functions: Dict[str, Callable[[], object]],
+    rounds: int,
+    base: str = BASELINE,
+) -> List[report.Row]:
+    figures = {name: percentiles(values) for name, values in in_turn(functions, rounds).items()}
     rows = []
     for name, values in figures.items():
         ratio = values["median"] / figures[base]["median"]
         print(
-            f"{what:<8}{shape:<20}{name:<20}{values['median']:8.3f} s "
+            f"{what:<42}{shape:<28}{name:<20}{values['median']:8.3f} s "
             f"({values['p20']:.3f} to {values['p80']:.3f})  x {ratio:.2f}",
             flush=True,
         )
         row = {key: round(value, 4) for key, value in {**values, "ratio": ratio}.items()}
-        rows.append({"what": what, "shape": shape, "name": name, "unit": "s", **row})
+        rows.append({**_row(what, shape, name), **row, "unit": "s", "rounds": rounds})
     return rows
 
 
-def _memory(shape: str) -> List[Dict[str, object]]:
-    names = ["label smoothing", "self-KD"]
-    added = {}
-    for name in names:
-        program = [sys.executable, "-m", "benchmarks", "--memory-of", shape, name]
-        done = subprocess.run(program, stdout=subprocess.PIPE, check=True, text=True)
-        added[name] = float(done.stdout.split()[-1])
+def _memory(what: str, shape: str, names: List[str]) -> List[report.Row]:
     rows = []
     for name in names:
-        ratio = added[name] / added[names[0]]
-        print(
-            f"memory  {shape:<20}{name:<20}{added[name]:8.0f} MiB added  x {ratio:.2f}", flush=True
-        )
-        figures = {"median": round(added[name]), "ratio": round(ratio, 4)}
-        rows.append({"what": "memory", "shape": shape, "name": name, "unit": "MiB", **figures})
+        program = [sys.executable, "-m", "benchmarks", "--memory-of", what, shape, name]
+        done = subprocess.run(program, stdout=subprocess.PIPE, check=True, text=True)
+        added = float(done.stdout.split()[-1])
+        ratio = added / (rows[0]["median"] if rows else added)
+        print(f"{what:<42}{shape:<28}{name:<20}{added:8.0f} MiB  x {ratio:.2f}", flush=True)
+        figures = {"median": round(added), "ratio": round(ratio, 4)}
+        rows.append({**_row(what, shape, name), **figures, "unit": "MiB", "rounds": 1})
     return rows
+
+
+def _memory_workload(what: str, shape: str, name: str) -> Callable[[], object]:
+    if what == MEMORY:
+        return losses(SHAPES[shape])[name]
+    step = training_step(SHAPES[shape], name)
+    step()  # Adam's state and the table of neighbours stay; they are no memory of a step
+    return step
+
+
+def _row(what: str, shape: str, name: str) -> report.Row:
+    return {
+        **{"what": what, "shape": shape, "name": name},
+        **{"median": "", "p20": "", "p80": "", "ratio": ""},
+    }
 
 
 def _processor() -> str:

@@ -15,15 +15,29 @@ def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str
     medians is worth more than either.
     """
     seconds: Dict[str, List[float]] = {name: [] for name in functions}
+    clock = _cuda_seconds if torch.cuda.is_available() else _seconds
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            _wait()
-            began = time.perf_counter()
-            function()
-            _wait()
+            taken = clock(function)
             if turn > 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(taken)
     return seconds
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _cuda_seconds(function: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def percentiles(seconds: List[float]) -> Dict[str, float]:
@@ -55,8 +69,3 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1])
     raise KeyError(field)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

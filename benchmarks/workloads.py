@@ -1,21 +1,28 @@
 """What is measured: one training step of a fairseq model under each criterion, and its parts."""
 
 import copy
-from typing import Any, Callable, Dict, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
-from fairseq import options, tasks
+from fairseq import optim, options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.tasks.translation import TranslationTask
 
-from fairseq_skd import SelfTeacher, nearest_neighbors, self_kd_linear_cross_entropy
+from fairseq_skd import (
+    SelfTeacher,
+    nearest_neighbors,
+    self_kd_cross_entropy,
+    self_kd_linear_cross_entropy,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BASELINE = "label smoothing"
+_ELIGIBLE = 1_000
 _SELF_KD = ["--self-kd-start-update", "0", "--self-kd-ramp-updates", "0", "--self-kd-weight", "0.5"]
 CRITERIA = {
-    "label smoothing": ["label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
+    BASELINE: ["label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
     "self-KD": ["self_kd", "--label-smoothing", "0.1", *_SELF_KD],
     "self-KD, weight 0": ["self_kd", "--label-smoothing", "0.1", "--self-kd-weight", "0"],
     "cross-entropy": ["cross_entropy"],
@@ -37,68 +44,70 @@ class Shape(NamedTuple):
     language_model: bool = False
 
 
+# As the recipes share them: one table for source, target and output, or for input and output.
 SHAPES = {
     "IWSLT, 1+1 layers": Shape(10_152, 3_000, 512, 1_024, 1),
     "WMT, 1+1 layers": Shape(32_768, 2_048, 512, 2_048, 1),
     "LM, 1 layer": Shape(100_000, 768, 256, 1_024, 1, language_model=True),
     "IWSLT, 6+6 layers": Shape(10_152, 3_000, 512, 1_024, 6),
+    "WMT, 6+6 layers": Shape(32_768, 2_048, 512, 2_048, 6),
+    "WikiText-103 LM, 6 layers": Shape(267_744, 1_024, 512, 2_048, 6, language_model=True),
 }
 
 
-def training_steps(shape: Shape) -> Dict[str, Callable[[], object]]:
-    """Return a complete training step for each criterion: forward, backward, Adam."""
+def training_step(shape: Shape, name: str, update: bool = True) -> Callable[[], object]:
+    """Return a training step under the criterion of this name: forward, backward, Adam.
+
+    Without ``update`` it ends after the backward pass.
+    """
     dictionary = Dictionary()
-    for i in range(shape.words - len(dictionary)):
-        dictionary.add_symbol(f"w{i}")
-    arguments = _model_arguments(shape)
-    sample = _sample(shape)
-    steps = {}
-    for name, criterion in CRITERIA.items():
-        if shape.language_model and name == "R-Drop":
-            continue  # fairseq's criterion fails on the batches of a language model
-        parser = options.get_training_parser()
-        args = options.parse_args_and_arch(parser, ["data", *arguments, "--criterion", *criterion])
-        config = convert_namespace_to_omegaconf(args)
-        if shape.language_model:
-            task: tasks.FairseqTask = LanguageModelingTask(config.task, dictionary, dictionary)
-        else:
-            task = TranslationTask(config.task, dictionary, dictionary)
-        steps[name] = _step(config, task, sample)
-    return steps
-
-
-def _step(config: Any, task: Any, sample: Dict[str, Any]) -> Callable[[], object]:
+    for i in range(len(dictionary), shape.words):
+        # Of every word the neighbors among these few are found, which takes seconds where all take
+        # minutes. What a step does is the same; a refresh is measured on its own.
+        dictionary.add_symbol(f"w{i}" if i < _ELIGIBLE else f"madeupword{i}")
+    parser = options.get_training_parser()
+    arguments = ["data", *_model_arguments(shape), "--criterion", *CRITERIA[name]]
+    arguments += ["--optimizer", "adam", "--lr", "1e-5"]
+    config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+    if shape.language_model:
+        task: tasks.FairseqTask = LanguageModelingTask(config.task, dictionary, dictionary)
+    else:
+        task = TranslationTask(config.task, dictionary, dictionary)
     torch.manual_seed(1)
     model = task.build_model(config.model).to(DEVICE)
     criterion = task.build_criterion(config.criterion).train()
-    adam = torch.optim.Adam(model.parameters(), lr=1e-5)
-
-    class Optimizer:
-        def backward(self, loss: torch.Tensor) -> None:
-            loss.backward()
+    optimizer = optim.build_optimizer(config.optimizer, list(model.parameters()))
+    sample = _sample(shape)
 
     def step() -> None:
-        adam.zero_grad(set_to_none=True)  # as fairseq's optimizers do
+        optimizer.zero_grad()
         # R-Drop writes into the batch that it is given.
-        task.train_step(copy.deepcopy(sample), model, criterion, Optimizer(), 1)
-        adam.step()
+        task.train_step(copy.deepcopy(sample), model, criterion, optimizer, 1)
+        if update:
+            optimizer.step()
 
     return step
 
 
-def _model_arguments(shape: Shape) -> list:
-    dims = [
+def criteria(shape: Shape) -> List[str]:
+    """Return the names of the criteria that are measured with this model."""
+    # fairseq's R-Drop fails on the batches of a language model; with more than IWSLT's words its
+    # step takes from half a minute up.
+    return [name for name in CRITERIA if name != "R-Drop" or shape.words < 20_000]
+
+
+def _model_arguments(shape: Shape) -> List[str]:
+    dims: List[Any] = [
         *("--decoder-embed-dim", shape.dim, "--decoder-ffn-embed-dim", shape.ffn),
-        *("--decoder-layers", shape.layers, "--decoder-attention-heads", 4),
-        *("--dropout", 0.1, "--share-decoder-input-output-embed"),
+        *("--decoder-layers", shape.layers, "--decoder-attention-heads", 4, "--dropout", 0.1),
     ]
     if shape.language_model:
         dims += ["--task", "language_modeling", "--arch", "transformer_lm"]
-        dims += ["--tokens-per-sample", 256]
+        dims += ["--tokens-per-sample", 256, "--share-decoder-input-output-embed"]
     else:
         dims += ["--arch", "transformer", "--encoder-embed-dim", shape.dim]
         dims += ["--encoder-ffn-embed-dim", shape.ffn, "--encoder-layers", shape.layers]
-        dims += ["--encoder-attention-heads", 4]
+        dims += ["--encoder-attention-heads", 4, "--share-all-embeddings"]
     return [str(x) for x in dims]
 
 
@@ -114,20 +123,28 @@ def _sample(shape: Shape) -> Dict[str, Any]:
 
 def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
     """Return projection and loss alone, from features to gradients, and what bounds them below."""
-    features, embedding, target = _tensors(shape)
-    teacher = SelfTeacher()
+    torch.manual_seed(1)
+    features = torch.randn(shape.positions, shape.dim, device=DEVICE, requires_grad=True)
+    embedding = (torch.randn(shape.words, shape.dim, device=DEVICE) * 0.05).requires_grad_()
+    target = torch.randint(shape.words, (shape.positions,), device=DEVICE)
+    teacher = SelfTeacher(eligible=torch.arange(_ELIGIBLE))
     teacher.refresh(embedding)
 
-    def label_smoothing() -> None:
+    def label_smoothing() -> torch.Tensor:
+        # As fairseq's label_smoothed_nll_loss has it.
         lprobs = torch.log_softmax(features @ embedding.t(), -1, dtype=torch.float32)
         nll = -lprobs.gather(1, target.unsqueeze(1)).sum()
         off = 0.1 / (shape.words - 1)
-        ((0.9 - off) * nll - off * lprobs.sum()).backward()
-        features.grad = embedding.grad = None
+        return (0.9 - off) * nll - off * lprobs.sum()
 
-    def self_kd() -> None:
-        self_kd_linear_cross_entropy(features, embedding, target, teacher, 0.1, 0.5).loss.backward()
-        features.grad = embedding.grad = None
+    def in_blocks() -> torch.Tensor:
+        return self_kd_linear_cross_entropy(features, embedding, target, teacher, 0.1, 0.5).loss
+
+    def from_logits() -> torch.Tensor:
+        logits, soft = features @ embedding.t(), teacher.soft_target(target)
+        return self_kd_cross_entropy(
+            logits, target, soft, 0.1, 0.5, overwrite_logits=True
+        ).loss.sum()
 
     def products() -> None:
         with torch.no_grad():
@@ -135,7 +152,19 @@ def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
             logits @ embedding
             logits.t() @ features
 
-    return {"label smoothing": label_smoothing, "self-KD": self_kd, "three products": products}
+    def to_gradients(loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        def run() -> None:
+            features.grad = embedding.grad = None
+            loss().backward()
+
+        return run
+
+    return {
+        BASELINE: to_gradients(label_smoothing),
+        "self-KD": to_gradients(in_blocks),
+        "self-KD from logits": to_gradients(from_logits),
+        "three products": products,
+    }
 
 
 def refreshes(words: int, dim: int) -> Dict[str, Callable[[], object]]:
@@ -149,11 +178,4 @@ def refreshes(words: int, dim: int) -> Dict[str, Callable[[], object]]:
             part = embedding[start : start + rows]
             torch.mm(part, embedding.t(), out=block[: len(part)])
 
-    return {"refresh": lambda: nearest_neighbors(embedding, 10), "products": products}
-
-
-def _tensors(shape: Shape) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    features = torch.randn(shape.positions, shape.dim, device=DEVICE, requires_grad=True)
-    embedding = (torch.randn(shape.words, shape.dim, device=DEVICE) * 0.05).requires_grad_()
-    return features, embedding, torch.randint(shape.words, (shape.positions,), device=DEVICE)
+    return {"products": products, "refresh": lambda: nearest_neighbors(embedding, 10)}

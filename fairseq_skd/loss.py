@@ -25,7 +25,14 @@ from torch import Tensor
 
 from fairseq_skd.soft_targets import SoftTarget
 
-__all__ = ["Losses", "ends_in_product", "reference_loss", "self_kd_cross_entropy", "sparse_target"]
+__all__ = [
+    "Losses",
+    "ends_in_product",
+    "reference_loss",
+    "self_kd_cross_entropy",
+    "sparse_target",
+    "uniform_weight",
+]
 
 # Rows are taken in blocks of about this many bytes in float32, so that what is written by one
 # operation is still in the cache for the next, and half-precision logits are never all widened.
@@ -94,6 +101,11 @@ def reference_loss(
     return Losses(*(x.masked_fill(ignored, 0) for x in (loss, nll, kd)))
 
 
+def uniform_weight(label_smoothing: float, weight: float, num_words: int) -> float:
+    """Return u, the part of the training target that every word has: (1 - alpha) eps / (V - 1)."""
+    return (1 - weight) * label_smoothing / (num_words - 1)
+
+
 def sparse_target(
     target: Tensor,
     soft_target: Optional[SoftTarget],
@@ -101,20 +113,19 @@ def sparse_target(
     weight: float,
     num_words: int,
     dtype: torch.dtype = torch.float32,
-) -> Tuple[Tensor, Tensor, float]:
-    """Return ids (N x C), their weights s (``dtype``, N x C) and the uniform weight u.
+) -> Tuple[Tensor, Tensor]:
+    """Return the sparse part of the training target: ids and their weights s, N x C each.
 
-    The whole training target of the module's docstring. Column 0 is the target itself.
+    Column 0 is the target itself. Weights have the given ``dtype``; `uniform_weight` is the rest.
     """
-    eps_i = label_smoothing / (num_words - 1)
-    on_target = (1 - weight) * (1 - label_smoothing - eps_i)
-    uniform = (1 - weight) * eps_i
+    uniform = uniform_weight(label_smoothing, weight, num_words)
+    on_target = (1 - weight) * (1 - label_smoothing) - uniform
     if soft_target is None:
         ids = target.unsqueeze(1)
-        return ids, torch.full_like(ids, on_target, dtype=dtype), uniform
+        return ids, torch.full_like(ids, on_target, dtype=dtype)
     weights = weight * soft_target.weights.to(dtype)
     weights[:, 0] += on_target
-    return soft_target.ids, weights, uniform
+    return soft_target.ids, weights
 
 
 def self_kd_cross_entropy(
@@ -183,9 +194,9 @@ def self_kd_cross_entropy(
     if ignored is not None:
         target = target.masked_fill(ignored, 0)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    ids, weights, uniform = sparse_target(
-        target, soft_target, label_smoothing, weight, logits.size(1), wide
-    )
+    num_words = logits.size(1)
+    ids, weights = sparse_target(target, soft_target, label_smoothing, weight, num_words, wide)
+    uniform = uniform_weight(label_smoothing, weight, num_words)
     if ignored is not None:
         weights = weights.masked_fill(ignored.unsqueeze(1), 0)
     kept = torch.ones_like(weights[:, 0]) if ignored is None else (~ignored).to(weights)

@@ -8,7 +8,8 @@ float32, and these decide. Nothing of size V x V exists at any time and no row i
 Everything is on the device of the matrix, and nothing waits for it.
 """
 
-from typing import NamedTuple, Optional
+import contextlib
+from typing import Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,9 @@ def nearest_neighbors(
     for start in range(0, num_words, block_rows):
         rows = vectors[start : start + block_rows]
         approximate = block[: len(rows)]
-        torch.addmm(squared_norms, rows, columns.t(), alpha=-2, out=approximate[:, :num_eligible])
+        distances_to = approximate[:, :num_eligible]
+        with _full_precision():
+            torch.addmm(squared_norms, rows, columns.t(), alpha=-2, out=distances_to)
         approximate = _smallest(approximate, rows.square().sum(1, keepdim=True), shortlist)
         candidates = eligible[approximate]
         exact = (rows.unsqueeze(1) - vectors[candidates]).square().sum(2)
@@ -150,6 +153,33 @@ def nearest_neighbors(
         ids[start : start + block_rows] = nearest & 0xFFFFFFFF
         distances[start : start + block_rows] = (nearest >> 32).int().view(torch.float32).sqrt()
     return Neighbors(ids, distances)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep the user's permission for rounded products (TF32, bfloat16) away from the shortlist.
+
+    TF32 keeps 10 of float32's 23 bits, and then `_SLACK` would not be enough. The setting belongs
+    to the process; what is launched meanwhile keeps it, so nothing waits for the device. Under
+    autocast there is nothing to do: it leaves products with ``out=`` alone.
+    """
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
 
 
 def _smallest(block: Tensor, offset: Tensor, count: int) -> Tensor:

@@ -106,3 +106,24 @@ def test_values_that_are_not_finite(bad):
     words[3, 1] = bad
     with pytest.raises(RuntimeError, match="NaN or infinite"):
         nearest_neighbors(words, 2)
+
+
+def test_rounded_products_are_not_allowed_for_the_shortlist(monkeypatch):
+    """With TF32, which a user may allow, true neighbours would fall out of it."""
+    matmul = torch.backends.cuda.matmul
+    during = []
+    addmm = torch.addmm
+
+    def watching(*args, **kwargs):
+        during.append((matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", watching)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        nearest_neighbors(torch.randn(20, 3), 2)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert set(during) == {("ieee", "ieee")}

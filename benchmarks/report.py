@@ -1,0 +1,79 @@
+"""The table and the plot of a measurement, from its CSV: ``python -m benchmarks.report``."""
+
+import csv
+from pathlib import Path
+from typing import Any, Dict, List
+
+from benchmarks.workloads import BASELINE
+
+ROOT = Path(__file__).resolve().parents[1]
+CSV = ROOT / "docs" / "benchmarks.csv"
+
+Row = Dict[str, Any]
+
+
+def write(rows: List[Row], path: Path) -> None:
+    """Write one line a figure; each says where it was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path = CSV) -> List[Row]:
+    """Read what `write` has written; figures are text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: List[Row]) -> str:
+    """Return the figures of each kind of measurement as Markdown."""
+    lines = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        chosen = [row for row in rows if row["what"] == what]
+        lines += ["", f"**{what}**", "", "| shape | | median | 20 % to 80 % | ratio |"]
+        lines.append("|---|---|---|---|---|")
+        shape = None
+        for row in chosen:
+            first, shape = ("" if row["shape"] == shape else row["shape"]), row["shape"]
+            digits = 0 if row["unit"] == "MiB" else 2
+            spread = f"{float(row['p20']):.2f} to {float(row['p80']):.2f}" if row["p20"] else ""
+            lines.append(
+                f"| {first} | {row['name']} | {float(row['median']):.{digits}f} {row['unit']} "
+                f"| {spread} | {float(row['ratio']):.2f} |"
+            )
+    return "\n".join(lines[1:])
+
+
+def plot(rows: List[Row], path: Path) -> None:
+    """Draw the training step of every criterion as a part of that of label smoothing (SVG)."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "fairseq_skd", "font.size": 9})
+    from matplotlib import pyplot
+
+    steps = [row for row in rows if row["what"].startswith("training step")]
+    shapes = list(dict.fromkeys(row["shape"] for row in steps))
+    names = list(dict.fromkeys(row["name"] for row in steps if row["name"] != BASELINE))
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.62 * len(shapes)))
+    for offset, name in enumerate(names):
+        bars = {row["shape"]: row for row in steps if row["name"] == name}
+        places = [i + 0.19 * (offset - 1.5) for i, shape in enumerate(shapes) if shape in bars]
+        ratios = [float(bars[shape]["ratio"]) for shape in shapes if shape in bars]
+        axes.barh(places, ratios, height=0.18, label=name)
+        for place, ratio in zip(places, ratios):
+            axes.annotate(f" {ratio:.2f}", (min(ratio, 2.0), place), va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(0, 2.2)  # R-Drop's bars end far outside; their figures are beside them
+    axes.set_yticks(range(len(shapes)), shapes)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds of a training step, {BASELINE} = 1 (less is better)")
+    axes.legend(loc="lower right", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    print(table(read()))
