@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from benchmarks.workloads import BASELINE
 
@@ -28,22 +28,24 @@ def read(path: Path = CSV) -> List[Row]:
 
 
 def table(rows: List[Row]) -> str:
-    """Return the figures of each kind of measurement as Markdown."""
-    lines = []
+    """Return the medians as Markdown, one table a kind of measurement; the README holds it."""
+    lines: List[str] = []
     for what in dict.fromkeys(row["what"] for row in rows):
-        chosen = [row for row in rows if row["what"] == what]
-        lines += ["", f"**{what}**", "", "| shape | | median | 20 % to 80 % | ratio |"]
-        lines.append("|---|---|---|---|---|")
-        shape = None
-        for row in chosen:
-            first, shape = ("" if row["shape"] == shape else row["shape"]), row["shape"]
-            digits = 0 if row["unit"] == "MiB" else 2
-            spread = f"{float(row['p20']):.2f} to {float(row['p80']):.2f}" if row["p20"] else ""
-            lines.append(
-                f"| {first} | {row['name']} | {float(row['median']):.{digits}f} {row['unit']} "
-                f"| {spread} | {float(row['ratio']):.2f} |"
-            )
+        cells = {(row["shape"], row["name"]): row for row in rows if row["what"] == what}
+        shapes = dict.fromkeys(shape for shape, _ in cells)
+        names = list(dict.fromkeys(name for _, name in cells))
+        lines += ["", f"| {what} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for shape in shapes:
+            figures = [_cell(cells.get((shape, name)), name == names[0]) for name in names]
+            lines.append(f"| {shape} | {' | '.join(figures)} |")
     return "\n".join(lines[1:])
+
+
+def _cell(row: Optional[Row], base: bool) -> str:
+    if row is None:
+        return ""
+    figure = f"{float(row['median']):.{0 if row['unit'] == 'MiB' else 2}f} {row['unit']}"
+    return figure if base else f"{figure}, x {float(row['ratio']):.2f}"
 
 
 def plot(rows: List[Row], path: Path) -> None:

@@ -30,7 +30,8 @@ class SelfKDOptions:
     sigma: Optional[float] = None
     sigma_scale: float = 1.0
     max_mass: float = 0.5
-    refresh_interval: int = 500
+    # So that measuring the neighbours takes at most 1 % of the training: docs/refresh.md
+    refresh_interval: int = 2000
 
     def __post_init__(self) -> None:
         self._check("weight", 0 <= self.weight <= 1, "a number from 0 to 1")

@@ -255,3 +255,30 @@ def test_what_is_missing_or_unsupported_is_said():
         self_kd_linear_cross_entropy(world.features, world.embedding, world.target, weight=0.5)
     with pytest.raises(ValueError, match="float16"):
         self_kd_linear_cross_entropy(world.features.half(), world.embedding.half(), world.target)
+
+
+@pytest.mark.parametrize("candidates", CANDIDATES)
+def test_nothing_waits_for_a_gpu(candidates):
+    """On meta tensors, which have no values: whoever asks for one, or copies them, fails."""
+    features = torch.randn(40, 8, device="meta", requires_grad=True)
+    embedding = torch.randn(70, 8, device="meta", requires_grad=True)
+    target = torch.randint(70, (40,), device="meta")
+    teacher = SelfTeacher(candidates, 3, eligible=torch.arange(4, 70, device="meta"))
+    teacher.refresh(embedding)
+    together = self_kd_linear_cross_entropy(
+        features, embedding, target, teacher, 0.1, 0.5, PAD, count_correct=True, block_bytes=999
+    )
+    together.loss.backward()
+    logits = features @ embedding.t()
+    soft = teacher.soft_target(target, logits.argmax(1), embedding)
+    self_kd_cross_entropy(
+        logits, target, soft, 0.1, 0.5, PAD, overwrite_logits=True
+    ).loss.sum().backward()
+    assert features.grad.is_meta
+    assert embedding.grad.is_meta
+    # What waits for a GPU does fail on this device:
+    for waiting in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.nonzero, bool):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            waiting(together.loss)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        features[features > 0]

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from benchmarks import report
 from fairseq_skd.criterion import SelfKDCriterionConfig
 from fairseq_skd.options import SelfKDOptions
 from tests.conftest import ROOT
@@ -34,3 +35,13 @@ def test_the_criterion_has_the_same_options():
     for name, value in vars(SelfKDOptions()).items():
         configured = getattr(config, f"self_kd_{name}")
         assert str(configured) == ("auto" if value is None else str(value))
+
+
+def test_the_benchmark_tables_are_those_of_the_measurement():
+    rows = report.read()
+    assert report.table(rows) in README
+    assert f"{rows[0]['device']}, {rows[0]['dtype']}" in README
+    for row in rows:  # a ratio is to the first of its kind
+        if not row["p20"]:
+            continue
+        assert float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
