@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="calls of each (default: 7)")
     parser.add_argument("--only", choices=["step", "loss", "memory", "refresh"])
-    parser.add_argument("--shape", choices=list(SHAPES), help="default: all")
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", help="default: all")
     parser.add_argument("--out", type=Path, default=report.CSV)
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
     rows: List[report.Row] = []
     for name, shape in SHAPES.items():
-        if args.shape not in (None, name):
+        if name not in (args.shape or SHAPES):
             continue
         large = shape.layers > 1
         rounds = max(3, args.rounds // 2) if large else args.rounds
@@ -82,7 +82,7 @@ def main() -> None:
             if not large:
                 loss_names = [BASELINE, "self-KD", "self-KD from logits"]
                 rows += _memory(MEMORY, name, loss_names)
-    if args.only in (None, "refresh") and args.shape is None:
+    if args.only in (None, "refresh"):
         rounds = max(3, args.rounds // 2)
         rows += _times(REFRESH, "V = 32,768, d = 512", refreshes(32_768, 512), rounds, "products")
     rows.sort(

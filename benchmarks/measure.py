@@ -9,18 +9,19 @@ import torch
 
 
 def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:
-    """Return the seconds of each call: one call of each in every round, after one to warm up.
+    """Return the seconds of each call: one measured call of each in every round.
 
     Whatever else slows the machine down for a while slows all of them down, so the ratio of two
-    medians is worth more than either.
+    medians is worth more than either. Before each measured call the same function runs once
+    unmeasured: the allocator then holds what this function left behind, as in a training, and not
+    what the one before it did.
     """
     seconds: Dict[str, List[float]] = {name: [] for name in functions}
     clock = _cuda_seconds if torch.cuda.is_available() else _seconds
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, function in functions.items():
-            taken = clock(function)
-            if turn > 0:
-                seconds[name].append(taken)
+            function()
+            seconds[name].append(clock(function))
     return seconds
 
 

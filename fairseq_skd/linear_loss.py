@@ -25,12 +25,13 @@ from fairseq_skd.soft_targets import SelfTeacher
 
 __all__ = ["LinearLosses", "self_kd_linear_cross_entropy"]
 
-# A float32 block of logits takes this much memory. On a CPU it should stay near the cache, but few
-# positions make the products slow, since all of W is read once a block: so it holds at least
-# `_CPU_POSITIONS` (at V = 267,744: 163 MiB, where the gradient of W with d = 512 takes 523). On two
-# cores with 32 MiB of cache and V = 10,152, blocks of 384 to 1,024 positions (16 to 40 MiB) took
-# 0.71 to 0.75 s, 160 positions 0.82 s.
-_BLOCK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# A float32 block of logits takes this much memory. On a CPU it should fit into the cache, and the C
+# library keeps pieces of less than 32 MiB for the next step, where larger ones go back to the
+# system and their pages are made anew. But few positions make the products slow, since all of W is
+# read once a block: so it holds at least `_CPU_POSITIONS` (at V = 267,744: 163 MiB, where the
+# gradient of W with d = 512 takes 523). On two cores with 32 MiB of cache and V = 10,152, blocks of
+# 384 to 1,024 positions took 0.71 to 0.75 s, 160 positions 0.82 s.
+_BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 _CPU_POSITIONS = 160
 
 # Blocks hold multiples of this many positions: 125 made the products 1.2 times as slow as 128.
@@ -96,7 +97,7 @@ def self_kd_linear_cross_entropy(
     count_correct : bool
         Also count the positions at which the model's first choice is the target.
     block_bytes : int, optional
-        Bound on a float32 block of logits. Default: 32 MiB on a CPU, or 160 positions where that
+        Bound on a float32 block of logits. Default: 24 MiB on a CPU, or 160 positions where that
         is more; 512 MiB elsewhere. At least one position is always taken.
 
     Returns
@@ -192,7 +193,8 @@ class _LinearLoss(torch.autograd.Function):
 
         # Rows beyond the vocabulary fill the last group of `_argmax`; no product writes them.
         padded_words = -(-num_words // _GROUP) * _GROUP
-        buffer = features.new_full((padded_words, block_positions), float("-inf"))
+        buffer = features.new_empty(padded_words, block_positions)
+        buffer[num_words:] = float("-inf")
         for start in range(0, len(features), block_positions):
             part = slice(start, start + block_positions)
             x, mask = features[part], kept[part]

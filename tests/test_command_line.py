@@ -86,6 +86,24 @@ def test_generate_interactive_and_validate(translation, corpus):
     assert "nll_loss" in output
 
 
+def test_averaged_checkpoints_translate(translation, corpus, tmp_path):
+    folder, _ = translation
+    inputs = [folder / f"checkpoint{epoch}.pt" for epoch in (1, 2)]
+    mean = tmp_path / "mean.pt"
+    output = command("fairseq-skd", "average", *inputs, "--output", mean)
+    assert "checkpoint2.pt (2 of 2)" in output
+    one, two, averaged = (weights(path) for path in (*inputs, mean))
+    for name, value in averaged.items():
+        assert torch.allclose(value, (one[name] + two[name]) / 2, atol=1e-6), name
+    output = command(
+        "fairseq-generate", corpus / "pair", "--path", mean, "--user-dir", PLUGIN, "--cpu"
+    )
+    assert "BLEU4" in output
+    missing = tmp_path / "missing.pt"
+    with pytest.raises(AssertionError, match=r"missing\.pt: there is no such file"):
+        command("fairseq-skd", "average", missing, "--output", mean)
+
+
 @pytest.mark.parametrize(
     ("interval", "stop"), [(1, 7), (5, 10), (100, 4)], ids=["always", "multiple", "before"]
 )

@@ -1,0 +1,95 @@
+"""The mean of several checkpoints of one run, whose translations are usually better than theirs.
+
+fairseq has this as a script in its repository, which its package does not contain.
+"""
+
+from pathlib import Path
+from typing import Any, Callable, Dict, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["CheckpointError", "average_checkpoints"]
+
+
+class CheckpointError(Exception):
+    """A file cannot be averaged with the others; the message names it."""
+
+
+def average_checkpoints(
+    paths: Sequence[Path], output: Path, progress: Callable[[str], None] = lambda line: None
+) -> None:
+    """Write a checkpoint with the mean of the parameters of others.
+
+    Everything but the parameters is that of the last one given; its optimizer state, which does
+    not belong to the mean, is left out. Means are computed in float32 (float64 for float64) and
+    stored in the parameters' own type; what is not a floating-point number is that of the last.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        fairseq checkpoints of one model, at least one. One at a time is in memory.
+    output : Path
+        Written whole or not at all.
+    progress : callable
+        Is told a line for every checkpoint read.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, is no fairseq checkpoint, or has other parameters than the first.
+    """
+    if not paths:
+        raise CheckpointError("no checkpoints were given")
+    totals: Dict[str, Tensor] = {}
+    expected: Dict[str, torch.Size] = {}
+    state: Dict[str, Any] = {}
+    for number, path in enumerate(paths, start=1):
+        progress(f"reading {path} ({number} of {len(paths)})")
+        state = _load(path)
+        model = state["model"]
+        shapes = {name: value.shape for name, value in model.items()}
+        if number == 1:
+            expected = shapes
+            # Copies: tied parameters share their memory, and each is added to under its own name.
+            totals = {name: _wide(value).clone() for name, value in model.items()}
+            continue
+        if shapes != expected:
+            names = [n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n)]
+            raise CheckpointError(
+                f"{path} has another model than {paths[0]}: they differ in {', '.join(names[:5])}"
+            )
+        for name, value in model.items():
+            if value.is_floating_point():
+                totals[name] += _wide(value)
+            else:
+                totals[name] = value
+    state["model"] = {
+        name: (totals[name] / len(paths)).to(value.dtype)
+        if value.is_floating_point()
+        else totals[name]
+        for name, value in state["model"].items()
+    }
+    state.pop("last_optimizer_state", None)
+    partial = output.with_name(output.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(output)
+
+
+def _wide(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _load(path: Path) -> Dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        # Importing fairseq_skd has told torch's safe loader about fairseq's checkpoints.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise CheckpointError(f"{path} is no fairseq checkpoint: it holds no model")
+    return state
