@@ -1,0 +1,42 @@
+"""The benchmarks run, on a tiny shape; no time is asserted."""
+
+import logging
+import sys
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import report
+from benchmarks.measure import added_memory, percentiles
+from benchmarks.workloads import CRITERIA, Shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        (Shape(1_200, 50, 16, 16, 1), list(CRITERIA)),
+        (Shape(1_200, 256, 16, 16, 1, language_model=True), list(CRITERIA)[:-1]),
+    ],
+    ids=["translation", "language model"],
+)
+def test_every_criterion_is_measured(monkeypatch, tmp_path, capsys, shape, names):
+    monkeypatch.setattr(logging, "disable", lambda level: None)  # other tests read the log
+    monkeypatch.setattr(benchmarks, "SHAPES", {"tiny": shape})
+    out = tmp_path / "figures.csv"
+    arguments = ["benchmarks", "--only", "step", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    benchmarks.main()
+    rows = report.read(out)
+    steps = [row for row in rows if row["what"] == benchmarks.STEP]
+    assert [row["name"] for row in steps] == names
+    assert float(steps[0]["ratio"]) == 1
+    assert all(float(row["median"]) > 0 and row["torch"] and row["device"] for row in rows)
+    assert "| tiny |" in report.table(rows)
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")
+    assert "self-KD" in capsys.readouterr().out
+
+
+def test_percentiles_and_memory():
+    assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "p20": 1.8, "p80": 4.2}
+    kept = []
+    assert added_memory(lambda: kept.append(bytearray(b"x") * 64 * 2**20)) >= 60
