@@ -53,7 +53,9 @@ def plot(rows: List[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "fairseq_skd", "font.size": 9})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "fairseq_skd", "svg.fonttype": "none", "font.size": 9}
+    )
     from matplotlib import pyplot
 
     steps = [row for row in rows if row["what"].startswith("training step")]

@@ -28,7 +28,7 @@ def average_checkpoints(
     Parameters
     ----------
     paths : sequence of Path
-        fairseq checkpoints of one model, at least one. One at a time is in memory.
+        fairseq checkpoints of one model, at least one. One at a time is in memory, beside the sums.
     output : Path
         Written whole or not at all.
     progress : callable
@@ -62,12 +62,8 @@ def average_checkpoints(
         for name, value in model.items():
             if value.is_floating_point():
                 totals[name] += _wide(value)
-            else:
-                totals[name] = value
     state["model"] = {
-        name: (totals[name] / len(paths)).to(value.dtype)
-        if value.is_floating_point()
-        else totals[name]
+        name: (totals[name] / len(paths)).to(value.dtype) if value.is_floating_point() else value
         for name, value in state["model"].items()
     }
     state.pop("last_optimizer_state", None)
