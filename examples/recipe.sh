@@ -1,0 +1,482 @@
+# What all recipes share. Their scripts read this file with `source`; it runs nothing by itself.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+FOLDER=$(cd "$(dirname "$0")" && pwd)
+RECIPE=$(basename "$FOLDER")
+SCRIPT=$(basename "$0")
+export PYTHONUTF8=1
+CRITERIA="self_kd label_smoothed_cross_entropy cross_entropy label_smoothed_cross_entropy_with_rdrop"
+
+# The environment that `make` has set up, unless fairseq is there already.
+if ! command -v fairseq-train > /dev/null && [ -x "$ROOT/.venv/bin/fairseq-train" ]; then
+    PATH="$ROOT/.venv/bin:$PATH"
+fi
+
+# ---- What goes wrong, and what is said -----------------------------------------------------------
+
+stop() {
+    TOLD=yes
+    printf '\n%s of %s has stopped: %s\n' "$SCRIPT" "$RECIPE" "$*" >&2
+    exit 1
+}
+
+farewell() {
+    local status=$?
+    if [ "$status" -ne 0 ] && [ -z "${TOLD:-}" ]; then
+        printf '\n%s of %s has stopped (status %s).' "$SCRIPT" "$RECIPE" "$status" >&2
+        printf ' The same command goes on after the last step that was completed.\n' >&2
+    fi
+}
+trap farewell EXIT
+
+say() { printf '\n%s\n' "$*"; }
+
+run() {
+    printf '  $'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+}
+
+need() {
+    local tool
+    for tool in "$@"; do
+        command -v "$tool" > /dev/null && continue
+        case $tool in
+            fairseq-* | sacrebleu | sacremoses | subword-nmt | python)
+                stop "there is no command '$tool'. In $ROOT:  pip install -c constraints.txt torch" \
+                    "&& pip install -c constraints.txt '.[recipes]'" ;;
+            *) stop "there is no command '$tool'; the system's package manager has it" ;;
+        esac
+    done
+}
+
+need_space() {  # GIB, in $OUT
+    local free
+    free=$(df -Pk "$OUT" | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "$free" -ge "$1" ] ||
+        stop "$OUT has $free GiB free and this needs about $1; --out DIR chooses another folder"
+}
+
+help() {  # the comment at the top of the script
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
+value() {  # OPTION VALUE...: sets VALUE
+    [ $# -ge 2 ] || stop "$1 needs a value; see $SCRIPT --help"
+    VALUE=$2
+}
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recipe has it, JOINED
+    LOCAL="" SMOKE="" OUT="" JOINED="" WORKERS=$(nproc)
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --raw) value "$@" && LOCAL=$VALUE && shift 2 ;;
+            --out) value "$@" && OUT=$VALUE && shift 2 ;;
+            --workers) value "$@" && WORKERS=$VALUE && shift 2 ;;
+            --smoke) SMOKE=yes && shift ;;
+            --joined-dictionary) JOINED=-joined && shift ;;
+            -h | --help) help ;;
+            *) stop "there is no option $1; see $SCRIPT --help" ;;
+        esac
+    done
+    if [ -n "$LOCAL" ]; then
+        [ -d "$LOCAL" ] || stop "--raw is $LOCAL, which is no folder"
+        LOCAL=$(cd "$LOCAL" && pwd)
+    fi
+    set_out
+    RAW=${LOCAL:-$OUT/raw}
+    mkdir -p "$OUT"
+}
+
+set_out() {
+    OUT=${OUT:-$ROOT/runs/$RECIPE${SMOKE:+-smoke}}
+    case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
+}
+
+# fetch FILE BYTES CHECKSUM ADDRESS...: have the whole FILE in $RAW. BYTES and CHECKSUM (md5, sha1 or
+# sha256, told by its length) may be -, where the source states none.
+fetch() {
+    local file=$1 bytes=$2 checksum=$3 partial address flaw
+    shift 3
+    if [ -n "$LOCAL" ]; then
+        [ -f "$RAW/$file" ] || stop "--raw $LOCAL has no file $file; its source is $1"
+        # The slice of a smoke test has the format of the source, but not its size.
+        [ -z "$SMOKE" ] || bytes=- checksum=-
+        flaw=$(flaw_of "$RAW/$file" "$file" "$bytes" "$checksum")
+        [ -z "$flaw" ] || stop "$RAW/$file has $flaw: it is cut off, or another edition than $1"
+        return
+    fi
+    if [ -f "$RAW/$file" ]; then
+        return
+    fi
+    need curl
+    mkdir -p "$RAW"
+    partial=$RAW/$file.partial
+    for address in "$@"; do
+        echo "  downloading $file from $address"
+        curl --fail --location --continue-at - --retry 3 --connect-timeout 30 --progress-bar \
+            --output "$partial" "$address" || continue
+        flaw=$(flaw_of "$partial" "$file" "$bytes" "$checksum")
+        if [ -z "$flaw" ]; then
+            mv "$partial" "$RAW/$file"
+            return
+        fi
+        echo "  what came has $flaw, so it is not used" >&2
+        rm "$partial"
+    done
+    stop "$file could not be downloaded from $*. Where it can be had otherwise, put it into a" \
+        "folder DIR and pass --raw DIR"
+}
+
+flaw_of() {  # PATH NAME BYTES CHECKSUM: prints what is wrong, and nothing if the file is intact
+    local found
+    found=$(wc -c < "$1")
+    if [ "$3" != - ] && [ "$found" -ne "$3" ]; then
+        echo "$found bytes instead of $3"
+        return
+    fi
+    case ${#4} in
+        1) found=- ;;
+        32) found=$(md5sum < "$1") ;;
+        40) found=$(sha1sum < "$1") ;;
+        *) found=$(sha256sum < "$1") ;;
+    esac
+    if [ "${found%% *}" != "$4" ]; then
+        echo "not the checksum $4"
+        return
+    fi
+    case $2 in
+        *.gz | *.tgz) gzip -t < "$1" 2> /dev/null || echo "no complete gzip archive in it" ;;
+        *.zip) python -m zipfile -t "$1" > /dev/null 2>&1 || echo "no complete zip archive in it" ;;
+    esac
+}
+
+unpack() {  # ARCHIVE FOLDER [MEMBER...]
+    local archive=$1 folder=$2
+    shift 2
+    mkdir -p "$folder"
+    echo "  unpacking $(basename "$archive")"
+    case $archive in
+        *.zip) python -m zipfile -e "$archive" "$folder" > /dev/null ;;
+        *) tar -xzf "$archive" -C "$folder" "$@" ;;
+    esac || stop "$archive cannot be unpacked: it is cut off, or lacks what this recipe reads from it"
+}
+
+# step FOLDER TITLE COMMAND...: run a command that fills the folder which it is told as its last
+# argument. The folder gets its name when the command has succeeded, so what is there is complete.
+step() {
+    local folder=$1 title=$2
+    shift 2
+    if [ -d "$folder" ]; then
+        say "$title: done already, in $folder"
+        return
+    fi
+    say "$title"
+    rm -rf "$folder.partial"
+    mkdir -p "$folder.partial"
+    "$@" "$folder.partial"
+    mv "$folder.partial" "$folder"
+}
+
+slice() {  # LINES: the beginning in a smoke test, otherwise everything
+    if [ -n "$SMOKE" ]; then sed -n "1,$1p"; else cat; fi
+}
+
+# One line stays one line in every tool: Python's splitlines() also splits at these.
+plain_lines() {
+    LC_ALL=C sed -e 's/\r//g' -e 's/[\x01-\x08\x0b-\x1f]/ /g' -e 's/\xc2\x85/ /g' \
+        -e 's/\xe2\x80[\xa8\xa9]/ /g'
+}
+
+same_lines() {  # FILE FILE
+    local one two
+    one=$(wc -l < "$1") two=$(wc -l < "$2")
+    [ "$one" -gt 0 ] || stop "$1 is empty"
+    [ "$one" -eq "$two" ] ||
+        stop "$1 has $one lines and $2 has $two; they must be translations line by line"
+}
+
+moses() {  # LANGUAGE, then a command of sacremoses and its options
+    sacremoses -q -l "$1" -j "$WORKERS" "${@:2}"
+}
+
+lowercase() {
+    python -c 'import sys
+for line in sys.stdin:
+    sys.stdout.write(line.lower())'
+}
+
+# clean PREFIX A B LONGEST RATIO: of the pairs in PREFIX.raw.A and PREFIX.raw.B keep those with 1 to
+# LONGEST tokens whose lengths differ by a factor of RATIO at most, as Moses' clean-corpus-n does.
+clean() {
+    same_lines "$1.raw.$2" "$1.raw.$3"
+    paste -d '\t' "$1.raw.$2" "$1.raw.$3" |
+        awk -F '\t' -v a="$1.$2" -v b="$1.$3" -v longest="$4" -v ratio="$5" '{
+            m = split($1, left, " "); n = split($2, right, " ")
+            if (m >= 1 && n >= 1 && m <= longest && n <= longest && m <= ratio * n && n <= ratio * m) {
+                print $1 > a; print $2 > b; kept++
+            }
+        } END { printf "  %d of %d pairs kept\n", kept, NR; if (!kept) exit 1 }' ||
+        stop "no pair of sentences is left after cleaning"
+    rm "$1.raw.$2" "$1.raw.$3"
+}
+
+# subwords TOKENS MERGES A B FOLDER: learn one joint BPE from the training text of both languages and
+# cut every file of the folder TOKENS with it.
+subwords() {
+    local tokens=$1 merges=$2 a=$3 b=$4 folder=$5 file
+    cat "$tokens/train.$a" "$tokens/train.$b" | subword-nmt learn-bpe -s "$merges" > "$folder/codes" 2> /dev/null
+    for file in "$tokens"/*."$a" "$tokens"/*."$b"; do
+        subword-nmt apply-bpe -c "$folder/codes" < "$file" > "$folder/$(basename "$file")"
+        same_lines "$file" "$folder/$(basename "$file")"
+    done
+}
+
+# binarise PREFIX A B TESTS OPTIONS... FOLDER: fairseq-preprocess; its output in a log beside the data.
+binarise() {
+    local pieces=$1 a=$2 b=$3 tests=$4 folder=${*: -1} options=("${@:5:$#-5}")
+    run fairseq-preprocess --source-lang "$a" --target-lang "$b" --trainpref "$pieces/train" \
+        --validpref "$pieces/valid" --testpref "$tests" --destdir "$folder" --workers "$WORKERS" \
+        "${options[@]}" > "$OUT/preprocess.log" 2>&1 ||
+        stop "fairseq-preprocess failed: $(tail -n 5 "$OUT/preprocess.log")"
+    wc -l < "$folder/dict.$b.txt" | sed "s/^/  words in the dictionary of $b: /"
+}
+
+# wikitext NAME SHA256 TRAIN VALID TEST: get NAME-v1.zip, or the texts in --raw, into $OUT/text. The
+# last three are the sha1 of wiki.train.tokens and so on.
+wikitext() {
+    local name=$1 part
+    if [ -z "$LOCAL" ] || { [ ! -f "$RAW/wiki.train.tokens" ] && [ ! -f "$RAW/wiki.train.tokens.gz" ]; }; then
+        # The second address is the first publication's, and closed by now; the first is its author's.
+        fetch "$name-v1.zip" - "$2" "https://wikitext.smerity.com/$name-v1.zip" \
+            "https://s3.amazonaws.com/research.metamind.io/wikitext/$name-v1.zip"
+    fi
+    step "$OUT/text" "Text" wikitext_text "$name" "${@:3}"
+}
+
+wikitext_text() {  # NAME TRAIN VALID TEST FOLDER
+    local folder=$5 from=$RAW part sum flaw
+    if [ -f "$RAW/$1-v1.zip" ]; then
+        unpack "$RAW/$1-v1.zip" "$folder/unpacked"
+        from=$folder/unpacked/$1
+    fi
+    for part in train valid test; do
+        if [ -f "$from/wiki.$part.tokens.gz" ]; then
+            gzip -dc "$from/wiki.$part.tokens.gz" > "$folder/whole" ||
+                stop "$from/wiki.$part.tokens.gz cannot be unpacked: it is cut off, or no gzip file"
+        elif [ -f "$from/wiki.$part.tokens" ]; then
+            cp "$from/wiki.$part.tokens" "$folder/whole"
+        else
+            stop "there is no wiki.$part.tokens in $from"
+        fi
+        sum=$2
+        [ -z "$SMOKE" ] || sum=-
+        shift
+        flaw=$(flaw_of "$folder/whole" "wiki.$part.tokens" - "$sum")
+        [ -z "$flaw" ] || stop "wiki.$part.tokens from $from has $flaw: it is cut off, or another edition"
+        slice 300 < "$folder/whole" > "$folder/$part"
+        [ -s "$folder/$part" ] || stop "wiki.$part.tokens from $from is empty"
+        rm "$folder/whole"
+    done
+    rm -rf "$folder/unpacked"
+    wc -w < "$folder/train" | sed 's/^/  words to train on: /'
+}
+
+binarise_text() {  # FOLDER: fairseq-preprocess of one language, every word that occurs
+    run fairseq-preprocess --only-source --trainpref "$OUT/text/train" \
+        --validpref "$OUT/text/valid" --testpref "$OUT/text/test" --destdir "$1" \
+        --workers "$WORKERS" > "$OUT/preprocess.log" 2>&1 ||
+        stop "fairseq-preprocess failed: $(tail -n 5 "$OUT/preprocess.log")"
+    wc -l < "$1/dict.txt" | sed 's/^/  words in the dictionary: /'
+}
+
+# ---- Training ------------------------------------------------------------------------------------
+
+# train_options CRITERION [OPTIONS]: sets CRITERION, OUT, SMOKE, SEED, RUN, JOINED, BIG; the rest,
+# for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
+train_options() {
+    SMOKE="" OUT="" SEED=1 NAME="" PRECISION=auto JOINED="" BIG="" EXTRA=() OWN=("${@:1:1}")
+    case ${1:-} in -h | --help | "") help ;; esac
+    CRITERION=$1
+    shift
+    case " $CRITERIA " in
+        *" $CRITERION "*) ;;
+        *) stop "the criterion is $CRITERION; allowed: ${CRITERIA// /, }" ;;
+    esac
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --out) value "$@" && OUT=$VALUE OWN+=("$1" "$2") && shift 2 ;;
+            --seed) value "$@" && SEED=$VALUE OWN+=("$1" "$2") && shift 2 ;;
+            --name) value "$@" && NAME=$VALUE OWN+=("$1" "$2") && shift 2 ;;
+            --precision) value "$@" && PRECISION=$VALUE && shift 2 ;;
+            --smoke) SMOKE=yes OWN+=("$1") && shift ;;
+            --joined-dictionary) JOINED=-joined OWN+=("$1") && shift ;;
+            --big) BIG=-big OWN+=("$1") && shift ;;
+            *) EXTRA+=("$1") && shift ;;
+        esac
+    done
+    set_out
+    DATA=$OUT/data$JOINED
+    [ -d "$DATA" ] ||
+        stop "there is no data in $DATA; first:  $FOLDER/prepare.sh${SMOKE:+ --smoke}${JOINED:+ --joined-dictionary}"
+    RUN=$OUT/${NAME:-$CRITERION$BIG$JOINED-seed$SEED}
+}
+
+# devices: sets GPUS (of this machine), WORKERS (processes in all), RANK and the options that tell
+# fairseq so. One process per GPU under `torchrun --no-python` and `srun`; otherwise fairseq itself
+# starts as many as the machine has GPUs.
+devices() {
+    local allowed
+    read -r GPUS allowed < <(python - << 'END'
+import torch
+gpus = torch.cuda.device_count()
+capability = torch.cuda.get_device_capability()[0] if gpus else 0
+print(gpus, "bf16" if capability >= 8 else "fp16" if capability >= 7 else "fp32")
+END
+    )
+    DEVICE_OPTIONS=()
+    if [ -z "${WORLD_SIZE:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ] && [ -n "${SLURM_PROCID:-}" ]; then
+        need scontrol
+        export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
+        export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 50000))
+        MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | sed -n 1p)
+    fi
+    WORKERS=${WORLD_SIZE:-$((GPUS > 0 ? GPUS : 1))}
+    RANK=${RANK:-0}
+    if [ -n "${WORLD_SIZE:-}" ]; then
+        DEVICE_OPTIONS+=(--distributed-world-size "$WORLD_SIZE" --distributed-rank "$RANK")
+        DEVICE_OPTIONS+=(--distributed-init-method env:// --distributed-no-spawn)
+        if [ "$GPUS" -gt 0 ]; then
+            DEVICE_OPTIONS+=(--device-id "$LOCAL_RANK")
+        else
+            # fairseq's default wrapper waits for CUDA.
+            DEVICE_OPTIONS+=(--distributed-backend gloo --ddp-backend legacy_ddp)
+        fi
+    fi
+    [ "$GPUS" -gt 0 ] || DEVICE_OPTIONS+=(--cpu)
+    [ "$PRECISION" != auto ] || PRECISION=$allowed
+    case $PRECISION in
+        fp32) ;;
+        fp16 | bf16) DEVICE_OPTIONS+=("--$PRECISION") ;;
+        *) stop "--precision is $PRECISION; allowed: auto, fp32, fp16, bf16" ;;
+    esac
+}
+
+# update_freq PARTS: batches of one worker that make an update, so that PARTS batches do in all.
+update_freq() { echo $((($1 + WORKERS - 1) / WORKERS)); }
+
+# criterion_options SMOOTHING RDROP_ALPHA SELF_KD_OPTIONS...: sets CRITERION_OPTIONS. SMOOTHING is
+# what self-KD and R-Drop are trained on top of.
+criterion_options() {
+    local smoothing=$1 alpha=$2
+    shift 2
+    CRITERION_OPTIONS=(--criterion "$CRITERION")
+    case $CRITERION in
+        cross_entropy) ;;
+        label_smoothed_cross_entropy) CRITERION_OPTIONS+=(--label-smoothing 0.1) ;;
+        self_kd) CRITERION_OPTIONS+=(--label-smoothing "$smoothing" "$@") ;;
+        *) CRITERION_OPTIONS+=(--label-smoothing "$smoothing" --rdrop-alpha "$alpha") ;;
+    esac
+    if [ -n "$SMOKE" ] && [ "$CRITERION" = self_kd ]; then
+        CRITERION_OPTIONS+=(--self-kd-start-update 1 --self-kd-ramp-updates 1)
+    fi
+}
+
+# train OPTIONS...: fairseq-train into $RUN, from its last checkpoint if there is one.
+train() {
+    local command settings
+    # ve-fairseq 0.12.3 leaves out sentences when it fills batches up to a multiple of 8.
+    settings=("$DATA" --user-dir "$ROOT/fairseq_skd" --save-dir "$RUN" "$@" "${CRITERION_OPTIONS[@]}"
+        --seed "$SEED" --required-batch-size-multiple 1 --log-format simple "${EXTRA[@]}")
+    command=(fairseq-train "${settings[@]}" "${DEVICE_OPTIONS[@]}")
+    need fairseq-train
+    if [ "$RANK" -ne 0 ]; then
+        "${command[@]}" > /dev/null
+        return
+    fi
+    if [ -f "$RUN/done" ]; then
+        say "Trained already, in $RUN. --name NAME trains another one"
+        return
+    fi
+    mkdir -p "$RUN"
+    printf '%s\n' "${settings[@]}" > "$RUN/settings.new"
+    if [ -f "$RUN/settings" ] && ! diff "$RUN/settings" "$RUN/settings.new" > "$RUN/settings.diff"; then
+        stop "$RUN was begun with other settings ($RUN/settings.diff). --name NAME trains another" \
+            "run; to go on with this one nevertheless, remove $RUN/settings"
+    fi
+    mv "$RUN/settings.new" "$RUN/settings"
+    say "Training with $CRITERION on $WORKERS $([ "$GPUS" -gt 0 ] && echo GPU || echo process)(s)," \
+        "$PRECISION; log: $RUN/train.log"
+    [ ! -f "$RUN/checkpoint_last.pt" ] || echo "  going on from $RUN/checkpoint_last.pt"
+    run "${command[@]}" 2>&1 | tee -a "$RUN/train.log"
+    touch "$RUN/done"
+    say "Trained. Next:  $FOLDER/evaluate.sh ${OWN[*]}"
+}
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+# average COUNT PATTERN: sets CHECKPOINT to the mean of the last COUNT checkpoints of the run whose
+# names match the pattern, or to the best one if COUNT is 0.
+average() {
+    local files
+    if [ "$1" -eq 0 ]; then
+        CHECKPOINT=$RUN/checkpoint_best.pt
+        [ -f "$CHECKPOINT" ] || stop "there is no $CHECKPOINT; first train.sh with the same options"
+        return
+    fi
+    mapfile -t files < <(find "$RUN" -maxdepth 1 -regex ".*/$2" | sort -V | tail -n "$1")
+    [ "${#files[@]}" -gt 0 ] || stop "$RUN holds no checkpoints; first train.sh with the same options"
+    [ "${#files[@]}" -eq "$1" ] || [ -n "$SMOKE" ] ||
+        echo "  only ${#files[@]} checkpoints are there; the recipe averages $1"
+    CHECKPOINT=$RUN/average.pt
+    need fairseq-skd
+    run fairseq-skd average "${files[@]}" --output "$CHECKPOINT"
+}
+
+# translate SUBSET NAME SOURCE TARGET OPTIONS...: translate with $CHECKPOINT; NAME.out, the
+# tokenised NAME.tok and the detokenised NAME.txt are left in $RUN.
+translate() {
+    local subset=$1 result=$RUN/$2 source=$3 target=$4
+    shift 4
+    say "Translating $(basename "$result")"
+    run fairseq-generate "$DATA" --user-dir "$ROOT/fairseq_skd" --path "$CHECKPOINT" \
+        --gen-subset "$subset" --source-lang "$source" --target-lang "$target" \
+        --post-process subword_nmt --required-batch-size-multiple 1 "$@" "${EXTRA[@]}" \
+        > "$result.out" 2> "$result.log" ||
+        stop "fairseq-generate failed: $(tail -n 5 "$result.log")"
+    grep '^H-' "$result.out" | cut -c 3- | sort -n | cut -f 3 > "$result.tok"
+    WORKERS=1 moses "$target" detokenize < "$result.tok" > "$result.txt"
+}
+
+# score NAME TITLE REFERENCE TOKENISED_REFERENCE SACREBLEU_OPTIONS...: print both figures of $RUN/NAME.
+score() {
+    local result=$RUN/$1 title=$2 reference=$3 tokens=$4
+    shift 4
+    same_lines "$reference" "$result.txt"
+    say "$title, detokenised text (the figure to quote, with its signature):"
+    sacrebleu "$reference" -i "$result.txt" -m bleu chrf -f text "$@"
+    echo "$title, tokenised text (as papers of this task quote it; not comparable with the above):"
+    sacrebleu "$tokens" -i "$result.tok" -m bleu --tokenize none --force -f text
+}
+
+# perplexity TOKENS_PER_SAMPLE CONTEXT_WINDOW OPTIONS...: of validation and test text under $CHECKPOINT.
+perplexity() {
+    local tokens=$1 context=$2 part
+    shift 2
+    for part in valid test; do
+        say "Perplexity of the $part text"
+        run fairseq-eval-lm "$DATA" --user-dir "$ROOT/fairseq_skd" --path "$CHECKPOINT" \
+            --gen-subset "$part" --tokens-per-sample "$tokens" --context-window "$context" \
+            "$@" "${EXTRA[@]}" > "$RUN/$part.log" 2>&1 ||
+            stop "fairseq-eval-lm failed: $(tail -n 5 "$RUN/$part.log")"
+        sed -n 's/.*Loss (base 2): \(.*\), Perplexity: \(.*\)/\2 \1/p' "$RUN/$part.log" |
+            while read -r perplexity bits; do
+                echo "$part: perplexity $perplexity a word ($bits bits), each word with at least" \
+                    "$context words before it (those at the beginning with what there is)"
+            done
+    done
+}
