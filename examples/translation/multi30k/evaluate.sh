@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Multi30k English-German: average the last 10 checkpoints, translate the three test sets, score.
+# Multi30k English-German: average the last 5 checkpoints, translate the three test sets, score.
 #
 #   evaluate.sh CRITERION [--out DIR] [--seed N] [--name NAME] [--smoke] [OPTIONS]
 #
@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
 need fairseq-generate sacremoses sacrebleu
-average 10 'checkpoint[0-9]+\.pt'
+average 5 'checkpoint[0-9]+\.pt'
 subset=test
 for name in test2016 test2017 coco; do
     translate "$subset" "$name" en de --beam 5

@@ -19,19 +19,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 train_options "$@"
 devices
 criterion_options 0.1 5 \
-    --self-kd-start-update 600 --self-kd-ramp-updates 600 --self-kd-refresh-interval 500
+    --self-kd-start-update 500 --self-kd-ramp-updates 500 --self-kd-refresh-interval 500
 MODEL=(
     --arch transformer --share-all-embeddings --encoder-layers 4 --decoder-layers 4
     --encoder-embed-dim 128 --decoder-embed-dim 128 --encoder-ffn-embed-dim 256
     --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4
-    --dropout 0.3
+    --dropout 0.2
 )
 OPTIMISATION=(
-    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.005 --lr-scheduler inverse_sqrt
-    --warmup-init-lr 1e-07 --warmup-updates 2000 --max-tokens 4096 --max-update 8000
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.004 --lr-scheduler inverse_sqrt
+    --warmup-init-lr 1e-07 --warmup-updates 1000 --max-tokens 2048 --max-update 4000
     --update-freq "$(update_freq 1)"
 )
-CHECKPOINTS=(--keep-last-epochs 10 --patience 10)
+CHECKPOINTS=(--keep-last-epochs 5)
 if [ -n "$SMOKE" ]; then
     MODEL+=(--encoder-layers 1 --decoder-layers 1)
     OPTIMISATION+=(--max-tokens 2000 --max-epoch 2)
