@@ -12,6 +12,7 @@ exec((HERE / "fairseq_skd" / "version.py").read_text(encoding="utf-8"), VERSION)
 # metadata pip 24.1 and newer refuse. ve-fairseq is its later main branch with the repairs that
 # Python 3.11 needs; it installs the same package, fairseq.
 NEW, OLD = 'python_version >= "3.11"', 'python_version < "3.11"'
+RECIPES = ["sacremoses", "subword-nmt"]
 
 setup(
     name="fairseq_skd",
@@ -37,7 +38,9 @@ setup(
         "sentencepiece",
     ],
     extras_require={
+        "recipes": RECIPES,
         "dev": [
+            *RECIPES,
             "hypothesis",
             "lxml",
             "matplotlib",
@@ -47,7 +50,7 @@ setup(
             "pytest-xdist",
             "rich",
             "ruff",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["fairseq-skd=fairseq_skd.command_line:main"]},
     classifiers=[

@@ -382,7 +382,7 @@ criterion_options() {
         *) CRITERION_OPTIONS+=(--label-smoothing "$smoothing" --rdrop-alpha "$alpha") ;;
     esac
     if [ -n "$SMOKE" ] && [ "$CRITERION" = self_kd ]; then
-        CRITERION_OPTIONS+=(--self-kd-start-update 1 --self-kd-ramp-updates 1)
+        CRITERION_OPTIONS+=(--self-kd-start-update 0 --self-kd-ramp-updates 0)
     fi
 }
 

@@ -14,17 +14,25 @@ from fairseq.data import LanguagePairDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.models import BaseFairseqModel
 
-__all__ = ["allow_namespace_in_checkpoints", "num_updates", "target_side_words", "unwrap"]
+__all__ = ["allow_fairseqs_checkpoints", "num_updates", "target_side_words", "unwrap"]
 
 
-def allow_namespace_in_checkpoints() -> None:
-    """Let torch's safe loader read fairseq's checkpoints, which hold an `argparse.Namespace`.
+def allow_fairseqs_checkpoints() -> None:
+    """Let torch's safe loader read what fairseq puts into a checkpoint.
 
-    torch >= 2.6 loads with ``weights_only=True`` and refuses classes that it does not know.
-    Unnecessary once fairseq passes ``weights_only`` itself or stops saving the class.
+    An `argparse.Namespace` always, and with ``--eval-bleu`` the counts of n-grams as numpy arrays and
+    scalars, which hold numbers alone. torch >= 2.6 loads with ``weights_only=True`` and refuses
+    classes that it does not know. Unnecessary once fairseq passes ``weights_only`` itself or stops
+    saving them.
     """
-    if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4
-        torch.serialization.add_safe_globals([argparse.Namespace])
+    if not hasattr(torch.serialization, "add_safe_globals"):  # torch < 2.4
+        return
+    numbers = [np.int64(0), np.float64(0)]
+    # Functions that numpy keeps under other names from version to version; an object knows its own.
+    makers = [value.__reduce__()[0] for value in (np.zeros(0), *numbers)]
+    dtypes = [type(value.dtype) for value in numbers]
+    torch.serialization.add_safe_globals([argparse.Namespace, np.ndarray, np.dtype])
+    torch.serialization.add_safe_globals([*makers, *dtypes])
 
 
 def remember_num_updates() -> None:

@@ -29,7 +29,7 @@ __all__ = ["SelfKDCriterion", "SelfKDCriterionConfig", "eligible_words"]
 
 logger = logging.getLogger(__name__)
 
-compatibility.allow_namespace_in_checkpoints()
+compatibility.allow_fairseqs_checkpoints()
 compatibility.remember_num_updates()
 
 

@@ -224,15 +224,19 @@ checkpoint: {{save_dir: {tmp_path / "save"}}}
     assert (tmp_path / "save" / "checkpoint_last.pt").exists()
 
 
-def test_eval_bleu_during_validation(corpus, tmp_path):
-    output = train(
-        corpus / "pair",
-        tmp_path,
-        *("--max-epoch", 1, "--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}'),
-        *("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"),
-        base=["--task", "translation", *TRANSFORMER, *SELF_KD],
-    )
-    assert "valid_bleu" in logged(output, "valid")[0]
+def test_eval_bleu_during_validation_and_going_on_from_its_checkpoint(corpus, tmp_path):
+    """With --eval-bleu a checkpoint also holds numpy's numbers."""
+    for epochs in (1, 2):
+        output = train(
+            corpus / "pair",
+            tmp_path,
+            *("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}'),
+            *("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"),
+            *("--max-epoch", epochs),
+            base=["--task", "translation", *TRANSFORMER, *SELF_KD],
+        )
+        assert "valid_bleu" in logged(output, "valid")[0]
+    assert "Loaded checkpoint" in output
 
 
 def test_going_on_from_a_checkpoint_of_another_criterion(corpus, tmp_path):

@@ -1,0 +1,515 @@
+"""Recipes run from raw files in their source's format to a printed score, and refuse bad input."""
+
+import gzip
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.conftest import PLUGIN, ROOT
+
+EXAMPLES = ROOT / "examples"
+MULTI30K = EXAMPLES / "translation" / "multi30k"
+IWSLT = EXAMPLES / "translation" / "iwslt14_de_en"
+WMT = EXAMPLES / "translation" / "wmt14_en_de"
+WIKITEXT2 = EXAMPLES / "language_model" / "wikitext2"
+WIKITEXT103 = EXAMPLES / "language_model" / "wikitext103"
+RECIPES = [MULTI30K, IWSLT, WMT, WIKITEXT2, WIKITEXT103]
+SIGNATURE = "|tok:13a|smooth:exp|version:"
+# What an author of the recipes has on the path, without what is tested for being there.
+SYSTEM = "/usr/bin:/bin"
+
+
+def script(path, *arguments, fails=False, first_on_path="", **environment):
+    """Run a script; return what it printed."""
+    folders = [first_on_path, Path(sys.executable).parent, SYSTEM]
+    done = subprocess.run(
+        [str(path), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={
+            "PATH": ":".join(str(folder) for folder in folders if folder),
+            "HOME": "/nonexistent",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+    )
+    assert (done.returncode != 0) == fails, f"{path} {arguments}\n{done.stdout[-5000:]}"
+    return done.stdout
+
+
+def sentences(count, seed, language):
+    """Sentences with capitals, punctuation, a compound and a letter outside ASCII."""
+    draw = random.Random(seed)
+    words = {
+        "en": "the,a,dog,man,woman,red,green,runs,sits,near,street-car,house,it's,big",
+        "de": "der,ein,Hund,Mann,Frau,roter,grüner,läuft,sitzt,nahe,U-Bahn,Haus,es,groß",
+    }[language].split(",")
+    lines = []
+    for _ in range(count):
+        line = " ".join(words[draw.randrange(len(words))] for _ in range(draw.randint(4, 9)))
+        lines.append(line[0].upper() + line[1:] + ".")
+    return lines
+
+
+def archive(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, lines in members.items():
+            content = "".join(line + "\n" for line in lines).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    """Folders with small files that have the names and the formats of the sources."""
+    folder = tmp_path_factory.mktemp("raw")
+    for name in ("multi30k", "iwslt14_de_en", "wmt14_en_de", "wikitext2", "wikitext103"):
+        (folder / name).mkdir()
+    iwslt, europarl, news, crawl, valid, test = {}, {}, {}, {}, {}, {}
+    for language in ("en", "de"):
+        for number, part in enumerate(
+            ["train", "val", "test_2016_flickr", "test_2017_flickr", "test_2017_mscoco"]
+        ):
+            lines = sentences(150 if part == "train" else 12, number, language)
+            with gzip.open(
+                folder / "multi30k" / f"{part}.{language}.gz", "wt", encoding="utf-8"
+            ) as f:
+                f.write("".join(line + "\n" for line in lines))
+        talk = sentences(200, 7, language)
+        iwslt[f"de-en/train.tags.de-en.{language}"] = [
+            "<url>http://www.ted.com/</url>",
+            "<keywords>talks</keywords>",
+            "<talkid>1</talkid>",
+            f"<title>{talk[0]}</title>",
+            f"<description>{talk[1]}</description>",
+            *talk[2:],
+        ]
+        for name in ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012"):
+            iwslt[f"de-en/IWSLT14.{name}.de-en.{language}.xml"] = [
+                '<?xml version="1.0" encoding="UTF-8"?>',
+                f'<mteval><srcset setid="x" srclang="{language}"><doc docid="1">',
+                *(
+                    f'<seg id="{number}"> {line} </seg>'
+                    for number, line in enumerate(sentences(4, 8, language), start=1)
+                ),
+                "</doc></srcset></mteval>",
+            ]
+        europarl[f"training/europarl-v7.de-en.{language}"] = sentences(90, 1, language)
+        news[f"training/news-commentary-v9.de-en.{language}"] = sentences(60, 2, language)
+        # Bytes that Python takes for the end of a line, and that are none.
+        crawl[f"commoncrawl.de-en.{language}"] = [
+            line.replace(" ", "\u2028", 1) for line in sentences(20, 3, language)
+        ]
+        segments = [
+            f'<seg id="{number}">{line}</seg>'
+            for number, line in enumerate(sentences(15, 4, language), start=1)
+        ]
+        valid[f"test/newstest2013-src.{language}.sgm"] = segments
+        side = "src" if language == "en" else "ref"
+        test[f"test-full/newstest2014-deen-{side}.{language}.sgm"] = segments
+    archive(folder / "iwslt14_de_en" / "de-en.tgz", iwslt)
+    archive(folder / "wmt14_en_de" / "training-parallel-europarl-v7.tgz", europarl)
+    archive(folder / "wmt14_en_de" / "training-parallel-nc-v9.tgz", news)
+    archive(folder / "wmt14_en_de" / "training-parallel-commoncrawl.tgz", crawl)
+    archive(folder / "wmt14_en_de" / "test.tgz", valid)
+    archive(folder / "wmt14_en_de" / "test-full.tgz", test)
+    for name, source in (("wikitext2", "wikitext-2"), ("wikitext103", "wikitext-103")):
+        with zipfile.ZipFile(folder / name / f"{source}-v1.zip", "w") as zipped:
+            for number, part in enumerate(("train", "valid", "test")):
+                lines = sentences(320 if part == "train" else 120, number, "en")
+                text = " \n = Title = \n \n" + "".join(f" {line[:-1]} . \n" for line in lines)
+                zipped.writestr(f"{source}/wiki.{part}.tokens", text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw, tmp_path_factory):
+    """Return a function that prepares a recipe once and gives its folder and what was printed."""
+    known = {}
+
+    def prepare(recipe, *options):
+        if (recipe, options) not in known:
+            out = tmp_path_factory.mktemp(recipe.name)
+            arguments = ["--smoke", "--raw", raw / recipe.name, "--out", out, "--workers", 1]
+            known[recipe, options] = out, script(recipe / "prepare.sh", *arguments, *options)
+        return known[recipe, options]
+
+    return prepare
+
+
+def run(recipe, out, criterion, *options):
+    arguments = [criterion, "--smoke", "--out", out, *options]
+    trained = script(recipe / "train.sh", *arguments)
+    return trained, script(recipe / "evaluate.sh", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "criterion", "options", "tests"),
+    [
+        (MULTI30K, "self_kd", [], 3),
+        (IWSLT, "self_kd", ["--joined-dictionary"], 1),
+        (WMT, "self_kd", [], 1),
+        (WMT, "label_smoothed_cross_entropy", ["--big"], 1),
+    ],
+)
+def test_a_translation_recipe_from_raw_text_to_bleu(recipe, criterion, options, tests, prepared):
+    out, _ = prepared(recipe, *[o for o in options if o == "--joined-dictionary"])
+    trained, evaluated = run(recipe, out, criterion, *options)
+    assert f"$ fairseq-train {out}/data" in trained
+    assert f"evaluate.sh {criterion} --smoke --out {out}" in trained
+    if criterion == "self_kd":
+        assert "self_kd|cand:neighbors|" in trained
+        assert "self_kd_mass" in trained
+    assert evaluated.count(SIGNATURE) == tests
+    assert evaluated.count("chrF2|") == tests
+    assert evaluated.count("|tok:none|") == tests
+    assert ("reading" in evaluated) == (recipe != IWSLT)  # averaged
+    assert "Trained already" in script(
+        recipe / "train.sh", criterion, "--smoke", "--out", out, *options
+    )
+
+
+@pytest.mark.parametrize("recipe", [WIKITEXT2, WIKITEXT103])
+def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, prepared):
+    out, _ = prepared(recipe)
+    trained, evaluated = run(recipe, out, "self_kd")
+    assert "self_kd_mass" in trained
+    context = 96 if recipe == WIKITEXT2 else 400
+    for part in ("valid", "test"):
+        (line,) = [li for li in evaluated.splitlines() if li.startswith(f"{part}: perplexity")]
+        assert 1 < float(line.split()[2]) < 1000
+        assert f"at least {context} words before it" in line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "criterion"),
+    [
+        (MULTI30K, "cross_entropy"),
+        (MULTI30K, "label_smoothed_cross_entropy_with_rdrop"),
+        (IWSLT, "label_smoothed_cross_entropy_with_rdrop"),
+        (WIKITEXT2, "cross_entropy"),
+        (WIKITEXT2, "label_smoothed_cross_entropy_with_rdrop"),
+    ],
+)
+def test_the_other_criteria_train(recipe, criterion, prepared):
+    out, _ = prepared(recipe, *(["--joined-dictionary"] if recipe == IWSLT else []))
+    options = ["--joined-dictionary"] if recipe == IWSLT else []
+    trained = script(recipe / "train.sh", criterion, "--smoke", "--out", out, *options)
+    assert "valid on 'valid' subset" in trained
+    assert ("rdrop_kl_loss" in trained) == criterion.endswith("rdrop")
+
+
+def test_iwslt_text_is_read_and_split_as_fairseqs_example_does(raw, prepared):
+    out, printed = prepared(IWSLT)  # without a joined dictionary
+    assert "words in the dictionary of en" in printed
+    assert (out / "data" / "dict.en.txt").read_text() != (out / "data" / "dict.de.txt").read_text()
+    text = (out / "text" / "train.de").read_text(encoding="utf-8").splitlines()
+    assert text == sentences(200, 7, "de")
+    test = (out / "text" / "test.en").read_text(encoding="utf-8").splitlines()
+    assert test == sentences(4, 8, "en") * 5
+    train, valid = (
+        (out / "tokens" / f"{part}.de").read_text(encoding="utf-8").splitlines()
+        for part in ("train", "valid")
+    )
+    kept = train[:22] + valid[:1] + train[22:44] + valid[1:2]
+    assert len(valid) == (len(train) + len(valid)) // 23
+    assert all(line == line.lower() and line.endswith(" .") for line in kept)
+    assert any("ü" in line or "ä" in line for line in kept)
+
+
+def test_one_line_stays_one_line_and_pairs_of_unequal_length_go(prepared):
+    out, printed = prepared(WMT)
+    lines = (out / "text" / "train.de").read_text(encoding="utf-8").split("\n")[:-1]
+    assert lines[-20:] == sentences(20, 3, "de")
+    assert "of 170 pairs kept" in printed
+    english, german = (
+        (out / "tokens" / f"train.{language}").read_text(encoding="utf-8").splitlines()
+        for language in ("en", "de")
+    )
+    assert 0 < len(english) == len(german) < 170
+    for one, two in zip(english, german):
+        lengths = sorted([len(one.split()), len(two.split())])
+        assert lengths[1] <= 1.5 * lengths[0]
+
+
+def test_a_second_run_repeats_nothing_and_an_unfinished_step_is_done_again(raw, tmp_path):
+    arguments = ["--smoke", "--raw", raw / "wikitext2", "--out", tmp_path, "--workers", 1]
+    # As after an interruption: a step that was begun, and nothing that is complete.
+    (tmp_path / "text.partial").mkdir()
+    (tmp_path / "text.partial" / "train").write_text("half a li")
+    first = script(WIKITEXT2 / "prepare.sh", *arguments)
+    assert "done already" not in first
+    assert "half a li" not in (tmp_path / "text" / "train").read_text()
+    assert script(WIKITEXT2 / "prepare.sh", *arguments).count("done already") == 2
+
+
+# ---- Two workers --------------------------------------------------------------------------------
+
+
+def test_two_workers_under_torchrun(prepared):
+    out, _ = prepared(MULTI30K)
+    arguments = ["--nnodes", 1, "--nproc-per-node", 2, "--standalone", "--no-python"]
+    arguments += [MULTI30K / "train.sh", "self_kd", "--smoke", "--out", out, "--name", "torchrun"]
+    torchrun = Path(sys.executable).parent / "torchrun"
+    printed = script(torchrun, *arguments)
+    assert "training on 2 devices" in printed
+    assert "initialized host" in printed
+    assert (out / "torchrun" / "done").exists()
+    assert printed.count("Training with self_kd on 2 process(s)") == 1
+
+
+def test_two_workers_under_slurm(prepared, tmp_path):
+    """The environment that srun gives two tasks; scontrol is a stand-in that knows one host."""
+    out, _ = prepared(MULTI30K)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\ntest "$*" = "show hostnames here" && echo 127.0.0.1\n')
+    scontrol.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{SYSTEM}"
+    tasks = [
+        subprocess.Popen(
+            [MULTI30K / "train.sh", "self_kd", "--smoke", "--out", out, "--name", "slurm"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **{"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_NTASKS": "2"},
+                **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "here"},
+            },
+        )
+        for rank in range(2)
+    ]
+    printed = [task.communicate(timeout=240)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], printed
+    assert "training on 2 devices" in printed[0]
+    assert (out / "slurm" / "done").exists()
+
+
+# ---- The same run from a YAML -------------------------------------------------------------------
+
+
+def settings(recipe, out, *options):
+    """Return the arguments that train.sh gives to fairseq-train."""
+    (out / "data").mkdir(parents=True)
+    tools = out / "tools"
+    tools.mkdir()
+    (tools / "fairseq-train").write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {out}/arguments\n")
+    (tools / "fairseq-train").chmod(0o755)
+    arguments = ["self_kd", "--out", out, "--name", "run", *options]
+    script(recipe / "train.sh", *arguments, first_on_path=tools)
+    return (out / "arguments").read_text().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_the_yaml_is_the_run_of_train_sh(recipe, tmp_path):
+    from fairseq import options
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.dataclass.initialize import add_defaults
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    workers = 8 if recipe in (WMT, WIKITEXT103) else 1
+    arguments = settings(recipe, tmp_path)
+    shared = [int(arguments[i + 1]) for i, a in enumerate(arguments) if a == "--update-freq"]
+    parser = options.get_training_parser()
+    expected = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+    config = OmegaConf.load(recipe / "train.yaml")
+    config.common.user_dir = str(PLUGIN)
+    config.task.data = str(tmp_path / "data")
+    config.checkpoint.save_dir = str(tmp_path / "run")
+    assert [shared[-1] // workers] == config.optimization.update_freq
+    config.optimization.update_freq = shared
+    groups = ["task", "criterion", "model", "optimizer", "lr_scheduler"]
+    full = OmegaConf.merge(OmegaConf.structured(FairseqConfig), config)
+    add_defaults(full)
+    # On a machine without a GPU train.sh adds --cpu, which is no part of the recipe.
+    full.common.cpu = expected.common.cpu
+    for group in ["common", "optimization", "dataset", "checkpoint", *groups]:
+        one = OmegaConf.to_container(full[group], resolve=True, enum_to_str=True)
+        two = expected[group]
+        two = (
+            OmegaConf.to_container(two, resolve=True, enum_to_str=True)
+            if OmegaConf.is_config(two)
+            else vars(two)
+        )
+        compare = set(one) & set(two) - {"_name", "no_progress_bar"}
+        assert set(config[group]) - {"_name"} <= compare if group != "model" else compare
+        for key in compare:
+            if group != "model" or not isinstance(one[key], dict):
+                assert one[key] == two[key], f"{group}.{key}"
+    _same_model(full.model, expected.model)
+
+
+def _same_model(config, arguments):
+    """Compare every field, which a command line and a YAML spell differently."""
+    from fairseq.models.transformer import TransformerConfig
+
+    if config._name != "transformer":
+        return
+    config = {key: value for key, value in config.items() if key != "_name"}
+    found = OmegaConf.merge(OmegaConf.structured(TransformerConfig), config)
+    expected = OmegaConf.structured(TransformerConfig.from_namespace(arguments))
+    # Defaults refer to each other from the root.
+    found, expected = (
+        OmegaConf.to_container(OmegaConf.create({"model": model}), resolve=True)["model"]
+        for model in (found, expected)
+    )
+    for key in set(expected) - {"_name"}:
+        value, other = expected[key], found[key]
+        for inner, one in (value if isinstance(value, dict) else {"": value}).items():
+            two = other[inner] if inner else other
+            assert one == two or {one, two} <= {None, 0, False}, f"{key} {inner}: {one} {two}"
+
+
+# ---- Bad input ----------------------------------------------------------------------------------
+
+
+def refused(*arguments, **keywords):
+    printed = script(*arguments, fails=True, **keywords)
+    assert "has stopped: " in printed
+    return printed.split("has stopped: ")[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_bad_arguments_are_refused_and_help_is_given(recipe, tmp_path):
+    allowed = "self_kd, label_smoothed_cross_entropy, cross_entropy, "
+    printed = refused(recipe / "train.sh", "selfkd", "--out", tmp_path)
+    assert printed.startswith("the criterion is selfkd; allowed: " + allowed)
+    printed = refused(recipe / "train.sh", "self_kd", "--out", tmp_path / "none")
+    assert printed.startswith("there is no data in")
+    assert f"{recipe}/prepare.sh" in printed
+    assert "needs a value" in refused(recipe / "prepare.sh", "--raw")
+    assert "there is no option --row" in refused(recipe / "prepare.sh", "--row", "x")
+    printed = refused(recipe / "prepare.sh", "--raw", tmp_path / "none", "--out", tmp_path)
+    assert "which is no folder" in printed
+    for name in ("prepare.sh", "train.sh", "evaluate.sh"):
+        printed = script(recipe / name, "--help")
+        assert name in printed
+        assert "set -euo" not in printed
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_an_archive_that_is_cut_off_is_refused(recipe, raw, tmp_path):
+    for file in (raw / recipe.name).iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2])
+    out = tmp_path / "out"
+    printed = refused(recipe / "prepare.sh", "--smoke", "--raw", tmp_path, "--out", out)
+    assert "complete" in printed
+    assert str(tmp_path) in printed
+    assert not (out / "text").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_file_of_another_edition_or_none_is_refused(recipe, raw, tmp_path):
+    if recipe != IWSLT:  # whose source states neither size nor checksum
+        printed = refused(
+            recipe / "prepare.sh", "--raw", raw / recipe.name, "--out", tmp_path / "out"
+        )
+        assert "another edition" in printed
+    printed = refused(recipe / "prepare.sh", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert "has no file" in printed
+    assert "https://" in printed
+
+
+def test_a_source_that_is_gone_is_named(tmp_path):
+    curl = tmp_path / "curl"
+    curl.write_text("#!/bin/sh\necho 'curl: (22) 404' >&2\nexit 22\n")
+    curl.chmod(0o755)
+    printed = refused(WIKITEXT2 / "prepare.sh", "--out", tmp_path / "out", first_on_path=tmp_path)
+    assert printed.startswith("wikitext-2-v1.zip could not be downloaded from https://")
+    assert "pass --raw DIR" in printed
+
+
+def test_a_download_is_checked_and_not_repeated(raw, tmp_path):
+    """A stand-in for curl brings the files of the fixture, which are not the real ones."""
+    curl = tmp_path / "curl"
+    curl.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != --output ]; do shift; done\n'
+        f'cp {raw}/iwslt14_de_en/de-en.tgz "$2"\n'
+        f"echo called >> {tmp_path}/calls\n"
+    )
+    curl.chmod(0o755)
+    out = tmp_path / "out"
+    for _ in range(2):
+        script(
+            IWSLT / "prepare.sh", "--smoke", "--out", out, "--workers", 1, first_on_path=tmp_path
+        )
+    assert (tmp_path / "calls").read_text() == "called\n"
+    printed = refused(
+        WIKITEXT2 / "prepare.sh", "--smoke", "--out", tmp_path / "two", first_on_path=tmp_path
+    )
+    assert "could not be downloaded" in printed
+    assert not list((tmp_path / "two" / "raw").glob("*.zip*"))
+
+
+def test_different_numbers_of_lines_are_refused(raw, tmp_path):
+    for file in (raw / "multi30k").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with gzip.open(tmp_path / "train.de.gz", "at", encoding="utf-8") as file:
+        file.write("Ein Satz zu viel.\n")
+    out = tmp_path / "out"
+    printed = refused(MULTI30K / "prepare.sh", "--smoke", "--raw", tmp_path, "--out", out)
+    assert "has 150 lines and" in printed
+    assert "has 151;" in printed
+    assert not (out / "text").exists()
+
+
+def test_a_missing_tool_and_a_full_disk_are_named(raw, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "df").write_text(
+        "#!/bin/sh\necho head\necho /dev/x 100 100 1048576 50% /\n"  # one GiB free
+    )
+    (tools / "df").chmod(0o755)
+    printed = refused(
+        WIKITEXT103 / "prepare.sh",
+        *("--raw", raw / "wikitext103", "--out", tmp_path / "out"),
+        first_on_path=tools,
+    )
+    assert "has 1 GiB free and this needs about 3" in printed
+    few = tmp_path / "few"
+    few.mkdir()
+    for tool in ("bash", "dirname", "basename", "nproc", "mkdir", "gzip", "tar"):
+        os.symlink(f"/usr/bin/{tool}", few / tool)
+    for tool in ("python", "fairseq-train", "sacremoses"):
+        os.symlink(Path(sys.executable).parent / tool, few / tool)
+    printed = refused(
+        MULTI30K / "prepare.sh",
+        *("--smoke", "--raw", raw / "multi30k", "--out", tmp_path / "out"),
+        PATH=str(few),
+    )
+    assert printed.startswith("there is no command 'subword-nmt'")
+    assert "pip install" in printed
+
+
+def test_other_settings_do_not_go_on_from_a_run(tmp_path):
+    out = tmp_path / "out"
+    settings(MULTI30K, out)
+    (out / "run" / "done").unlink()
+    arguments = ["self_kd", "--out", out, "--name", "run"]
+    printed = refused(MULTI30K / "train.sh", *arguments, "--lr", 1, first_on_path=out / "tools")
+    assert "was begun with other settings" in printed
+    assert "--name NAME" in printed
+    assert "Trained. Next:" in script(
+        MULTI30K / "train.sh", *arguments, first_on_path=out / "tools"
+    )
+    printed = refused(MULTI30K / "train.sh", *arguments, "--precision", "fp8")
+    assert printed.startswith("--precision is fp8; allowed: auto, fp32, fp16, bf16")
+
+
+def test_fewer_gpus_make_the_same_update(tmp_path):
+    arguments = settings(WMT, tmp_path / "one", "--big")
+    assert arguments[arguments.index("--update-freq") + 1] == "128"
+    arguments = settings(WMT, tmp_path / "two")
+    assert arguments[arguments.index("--update-freq") + 1] == "8"
