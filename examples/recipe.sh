@@ -51,16 +51,24 @@ need() {
     done
 }
 
-need_space() {  # GIB, in $OUT
-    local free
+need_space() {  # GIB, in $OUT, of which it may hold a part already
+    local free held
     free=$(df -Pk "$OUT" | awk 'NR == 2 { print int($4 / 1048576) }')
-    [ "$free" -ge "$1" ] ||
+    held=$(du -sk "$OUT" | awk '{ print int($1 / 1048576) }')
+    [ $((free + held)) -ge "$1" ] ||
         stop "$OUT has $free GiB free and this needs about $1; --out DIR chooses another folder"
 }
 
 help() {  # the comment at the top of the script
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 0
+}
+
+offered() {  # OPTION: fails if the recipe, which lists its own options in OFFERED, does not have it
+    case " ${OFFERED:-} " in
+        *" $1 "*) ;;
+        *) stop "$RECIPE has no option $1; see $SCRIPT --help" ;;
+    esac
 }
 
 value() {  # OPTION VALUE...: sets VALUE
@@ -71,14 +79,14 @@ value() {  # OPTION VALUE...: sets VALUE
 # ---- Data ----------------------------------------------------------------------------------------
 
 prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recipe has it, JOINED
-    LOCAL="" SMOKE="" OUT="" JOINED="" WORKERS=$(nproc)
+    LOCAL="" SMOKE="" OUT="" JOINED="" WORKERS=$(nproc) OWN=()
     while [ $# -gt 0 ]; do
         case $1 in
             --raw) value "$@" && LOCAL=$VALUE && shift 2 ;;
-            --out) value "$@" && OUT=$VALUE && shift 2 ;;
+            --out) value "$@" && OUT=$VALUE OWN+=("$1" "$2") && shift 2 ;;
             --workers) value "$@" && WORKERS=$VALUE && shift 2 ;;
-            --smoke) SMOKE=yes && shift ;;
-            --joined-dictionary) JOINED=-joined && shift ;;
+            --smoke) SMOKE=yes OWN+=("$1") && shift ;;
+            --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
             -h | --help) help ;;
             *) stop "there is no option $1; see $SCRIPT --help" ;;
         esac
@@ -92,8 +100,8 @@ prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recip
     mkdir -p "$OUT"
 }
 
-set_out() {
-    OUT=${OUT:-$ROOT/runs/$RECIPE${SMOKE:+-smoke}}
+set_out() {  # a smoke test never shares a folder with a real run
+    OUT=${OUT:-$ROOT/runs/$RECIPE}${SMOKE:+-smoke}
     case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 }
 
@@ -229,7 +237,9 @@ clean() {
 # cut every file of the folder TOKENS with it.
 subwords() {
     local tokens=$1 merges=$2 a=$3 b=$4 folder=$5 file
-    cat "$tokens/train.$a" "$tokens/train.$b" | subword-nmt learn-bpe -s "$merges" > "$folder/codes" 2> /dev/null
+    cat "$tokens/train.$a" "$tokens/train.$b" |
+        subword-nmt learn-bpe -s "$merges" > "$folder/codes" 2> "$OUT/bpe.log" ||
+        stop "subword-nmt learn-bpe failed: $(tail -n 5 "$OUT/bpe.log")"
     for file in "$tokens"/*."$a" "$tokens"/*."$b"; do
         subword-nmt apply-bpe -c "$folder/codes" < "$file" > "$folder/$(basename "$file")"
         same_lines "$file" "$folder/$(basename "$file")"
@@ -296,11 +306,12 @@ binarise_text() {  # FOLDER: fairseq-preprocess of one language, every word that
 
 # ---- Training ------------------------------------------------------------------------------------
 
-# train_options CRITERION [OPTIONS]: sets CRITERION, OUT, SMOKE, SEED, RUN, JOINED, BIG; the rest,
-# for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
+# train_options CRITERION [OPTIONS]: sets CRITERION, OUT, SMOKE, SEED, RUN, PRECISION, JOINED, BIG; the
+# rest, for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
 train_options() {
     SMOKE="" OUT="" SEED=1 NAME="" PRECISION=auto JOINED="" BIG="" EXTRA=() OWN=("${@:1:1}")
-    case ${1:-} in -h | --help | "") help ;; esac
+    [ $# -gt 0 ] || help
+    case " $* " in *" -h "* | *" --help "*) help ;; esac
     CRITERION=$1
     shift
     case " $CRITERIA " in
@@ -314,60 +325,74 @@ train_options() {
             --name) value "$@" && NAME=$VALUE OWN+=("$1" "$2") && shift 2 ;;
             --precision) value "$@" && PRECISION=$VALUE && shift 2 ;;
             --smoke) SMOKE=yes OWN+=("$1") && shift ;;
-            --joined-dictionary) JOINED=-joined OWN+=("$1") && shift ;;
-            --big) BIG=-big OWN+=("$1") && shift ;;
+            --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
+            --big) offered "$1" && BIG=-big OWN+=("$1") && shift ;;
+            --save-dir) stop "$1 is set by the recipe; --out DIR and --name NAME choose the folder" ;;
+            --distributed-world-size)
+                stop "$1 is set by the recipe; CUDA_VISIBLE_DEVICES and torchrun choose the GPUs" ;;
             *) EXTRA+=("$1") && shift ;;
         esac
     done
     set_out
     DATA=$OUT/data$JOINED
     [ -d "$DATA" ] ||
-        stop "there is no data in $DATA; first:  $FOLDER/prepare.sh${SMOKE:+ --smoke}${JOINED:+ --joined-dictionary}"
+        stop "there is no data in $DATA; first:  $FOLDER/prepare.sh with the same --out, --smoke and" \
+            "--joined-dictionary, where they are given"
     RUN=$OUT/${NAME:-$CRITERION$BIG$JOINED-seed$SEED}
 }
 
-# devices: sets GPUS (of this machine), WORKERS (processes in all), RANK and the options that tell
-# fairseq so. One process per GPU under `torchrun --no-python` and `srun`; otherwise fairseq itself
-# starts as many as the machine has GPUs.
+# devices PARTS: sets GPUS (of this machine), PROCESSES (in all), RANK, and in DEVICE_OPTIONS what tells
+# fairseq so; and as many batches per process that PARTS of them make an update. One process per GPU
+# under `torchrun --no-python` and `srun`; otherwise fairseq itself starts one on each GPU.
 devices() {
-    local allowed
+    local parts=$1 allowed
+    [ -z "$SMOKE" ] || parts=1
+    need python fairseq-train
     read -r GPUS allowed < <(python - << 'END'
 import torch
 gpus = torch.cuda.device_count()
-capability = torch.cuda.get_device_capability()[0] if gpus else 0
-print(gpus, "bf16" if capability >= 8 else "fp16" if capability >= 7 else "fp32")
+print(gpus, "fp16" if gpus and torch.cuda.get_device_capability()[0] >= 7 else "fp32")
 END
     )
+    [ -n "${GPUS:-}" ] || stop "python cannot import torch; see examples/README.md"
     DEVICE_OPTIONS=()
-    if [ -z "${WORLD_SIZE:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ] && [ -n "${SLURM_PROCID:-}" ]; then
+    if [ -z "${WORLD_SIZE:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
+        [ -n "${SLURM_STEP_NODELIST:-}" ] || stop "in a Slurm job with several tasks, start it with srun"
         need scontrol
         export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
         export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 50000))
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | sed -n 1p)
     fi
-    WORKERS=${WORLD_SIZE:-$((GPUS > 0 ? GPUS : 1))}
     RANK=${RANK:-0}
     if [ -n "${WORLD_SIZE:-}" ]; then
+        PROCESSES=$WORLD_SIZE
         DEVICE_OPTIONS+=(--distributed-world-size "$WORLD_SIZE" --distributed-rank "$RANK")
         DEVICE_OPTIONS+=(--distributed-init-method env:// --distributed-no-spawn)
         if [ "$GPUS" -gt 0 ]; then
-            DEVICE_OPTIONS+=(--device-id "$LOCAL_RANK")
+            # A task that Slurm shows one GPU only has number 0 for it, whatever its own number.
+            DEVICE_OPTIONS+=(--device-id $((${LOCAL_RANK:-0} % GPUS)))
         else
             # fairseq's default wrapper waits for CUDA.
             DEVICE_OPTIONS+=(--distributed-backend gloo --ddp-backend legacy_ddp)
         fi
+        [ "$PROCESSES" -le "$parts" ] || [ "$RANK" -ne 0 ] ||
+            say "Note: $PROCESSES processes make an update of $PROCESSES batches; the recipe's has $parts"
+    else
+        # No more GPUs than an update has batches, or it would be another training.
+        PROCESSES=$((GPUS > parts ? parts : GPUS > 0 ? GPUS : 1))
+        [ "$GPUS" -eq 0 ] || DEVICE_OPTIONS+=(--distributed-world-size "$PROCESSES")
     fi
     [ "$GPUS" -gt 0 ] || DEVICE_OPTIONS+=(--cpu)
-    [ "$PRECISION" != auto ] || PRECISION=$allowed
+    DEVICE_OPTIONS+=(--update-freq $(((parts + PROCESSES - 1) / PROCESSES)))
     case $PRECISION in
+        auto)
+            case " ${EXTRA[*]} " in *" --fp16 "* | *" --amp "* | *" --memory-efficient-fp16 "*) allowed="" ;; esac
+            [ "$allowed" != fp16 ] || DEVICE_OPTIONS+=(--fp16) ;;
         fp32) ;;
-        fp16 | bf16) DEVICE_OPTIONS+=("--$PRECISION") ;;
-        *) stop "--precision is $PRECISION; allowed: auto, fp32, fp16, bf16" ;;
+        fp16) DEVICE_OPTIONS+=(--fp16) ;;
+        *) stop "--precision is $PRECISION; allowed: auto, fp32, fp16" ;;
     esac
 }
-
-# update_freq PARTS: batches of one worker that make an update, so that PARTS batches do in all.
-update_freq() { echo $((($1 + WORKERS - 1) / WORKERS)); }
 
 # criterion_options SMOOTHING RDROP_ALPHA SELF_KD_OPTIONS...: sets CRITERION_OPTIONS. SMOOTHING is
 # what self-KD and R-Drop are trained on top of.
@@ -391,28 +416,34 @@ train() {
     local command settings
     # ve-fairseq 0.12.3 leaves out sentences when it fills batches up to a multiple of 8.
     settings=("$DATA" --user-dir "$ROOT/fairseq_skd" --save-dir "$RUN" "$@" "${CRITERION_OPTIONS[@]}"
-        --seed "$SEED" --required-batch-size-multiple 1 --log-format simple "${EXTRA[@]}")
-    command=(fairseq-train "${settings[@]}" "${DEVICE_OPTIONS[@]}")
-    need fairseq-train
-    if [ "$RANK" -ne 0 ]; then
-        "${command[@]}" > /dev/null
-        return
+        --seed "$SEED" --required-batch-size-multiple 1 --log-format simple)
+    command=(fairseq-train "${settings[@]}" "${DEVICE_OPTIONS[@]}" "${EXTRA[@]}")
+    settings+=("${EXTRA[@]}")
+    # Every process looks, so that none waits for one that has stopped; the first one writes.
+    if [ -f "$RUN/settings" ] && ! printf '%s\n' "${settings[@]}" | cmp -s - "$RUN/settings"; then
+        stop "$RUN was begun with other settings:" \
+            "$(printf '%s\n' "${settings[@]}" | diff "$RUN/settings" - | grep '^[<>]' | tr '\n' ' ')" \
+            "(< then, > now). --name NAME trains another run; to go on with this one nevertheless," \
+            "remove $RUN/settings"
     fi
     if [ -f "$RUN/done" ]; then
         say "Trained already, in $RUN. --name NAME trains another one"
         return
     fi
-    mkdir -p "$RUN"
-    printf '%s\n' "${settings[@]}" > "$RUN/settings.new"
-    if [ -f "$RUN/settings" ] && ! diff "$RUN/settings" "$RUN/settings.new" > "$RUN/settings.diff"; then
-        stop "$RUN was begun with other settings ($RUN/settings.diff). --name NAME trains another" \
-            "run; to go on with this one nevertheless, remove $RUN/settings"
+    if [ "$RANK" -ne 0 ]; then
+        "${command[@]}" > /dev/null
+        return
     fi
-    mv "$RUN/settings.new" "$RUN/settings"
-    say "Training with $CRITERION on $WORKERS $([ "$GPUS" -gt 0 ] && echo GPU || echo process)(s)," \
-        "$PRECISION; log: $RUN/train.log"
+    mkdir -p "$RUN"
+    printf '%s\n' "${settings[@]}" > "$RUN/settings"
+    say "Training with $CRITERION, $PROCESSES $([ "$GPUS" -gt 0 ] && echo GPU || echo CPU)" \
+        "process(es); log: $RUN/train.log"
     [ ! -f "$RUN/checkpoint_last.pt" ] || echo "  going on from $RUN/checkpoint_last.pt"
     run "${command[@]}" 2>&1 | tee -a "$RUN/train.log"
+    if [ ! -f "$RUN/checkpoint_last.pt" ] || tail -n 20 "$RUN/train.log" | grep -q 'stop_time_hours:'; then
+        say "fairseq-train has ended before the end of the training"
+        return
+    fi
     touch "$RUN/done"
     say "Trained. Next:  $FOLDER/evaluate.sh ${OWN[*]}"
 }
@@ -423,6 +454,7 @@ train() {
 # names match the pattern, or to the best one if COUNT is 0.
 average() {
     local files
+    [ -f "$RUN/done" ] || say "Note: the training in $RUN has not come to its end"
     if [ "$1" -eq 0 ]; then
         CHECKPOINT=$RUN/checkpoint_best.pt
         [ -f "$CHECKPOINT" ] || stop "there is no $CHECKPOINT; first train.sh with the same options"
@@ -448,7 +480,8 @@ translate() {
         --post-process subword_nmt --required-batch-size-multiple 1 "$@" "${EXTRA[@]}" \
         > "$result.out" 2> "$result.log" ||
         stop "fairseq-generate failed: $(tail -n 5 "$result.log")"
-    grep '^H-' "$result.out" | cut -c 3- | sort -n | cut -f 3 > "$result.tok"
+    grep '^H-' "$result.out" | cut -c 3- | sort -n | cut -f 3 > "$result.tok" ||
+        stop "there are no translations in $result.out"
     WORKERS=1 moses "$target" detokenize < "$result.tok" > "$result.txt"
 }
 
@@ -465,18 +498,20 @@ score() {
 
 # perplexity TOKENS_PER_SAMPLE CONTEXT_WINDOW OPTIONS...: of validation and test text under $CHECKPOINT.
 perplexity() {
-    local tokens=$1 context=$2 part
+    local tokens=$1 context=$2 part found i
     shift 2
+    for i in "${!EXTRA[@]}"; do
+        [ "${EXTRA[i]}" != --context-window ] || context=${EXTRA[i + 1]}
+    done
     for part in valid test; do
         say "Perplexity of the $part text"
         run fairseq-eval-lm "$DATA" --user-dir "$ROOT/fairseq_skd" --path "$CHECKPOINT" \
             --gen-subset "$part" --tokens-per-sample "$tokens" --context-window "$context" \
             "$@" "${EXTRA[@]}" > "$RUN/$part.log" 2>&1 ||
             stop "fairseq-eval-lm failed: $(tail -n 5 "$RUN/$part.log")"
-        sed -n 's/.*Loss (base 2): \(.*\), Perplexity: \(.*\)/\2 \1/p' "$RUN/$part.log" |
-            while read -r perplexity bits; do
-                echo "$part: perplexity $perplexity a word ($bits bits), each word with at least" \
-                    "$context words before it (those at the beginning with what there is)"
-            done
+        found=$(sed -n 's/.*Loss (base 2): \(.*\), Perplexity: \(.*\)/\2 a word (\1 bits)/p' "$RUN/$part.log")
+        [ -n "$found" ] || stop "there is no perplexity in $RUN/$part.log"
+        echo "$part: perplexity $found, each word with at least $context words before it (those at" \
+            "the beginning with what there is)"
     done
 }

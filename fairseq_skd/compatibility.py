@@ -20,10 +20,10 @@ __all__ = ["allow_fairseqs_checkpoints", "num_updates", "target_side_words", "un
 def allow_fairseqs_checkpoints() -> None:
     """Let torch's safe loader read what fairseq puts into a checkpoint.
 
-    An `argparse.Namespace` always, and with ``--eval-bleu`` the counts of n-grams as numpy arrays and
-    scalars, which hold numbers alone. torch >= 2.6 loads with ``weights_only=True`` and refuses
-    classes that it does not know. Unnecessary once fairseq passes ``weights_only`` itself or stops
-    saving them.
+    An `argparse.Namespace` always, and with ``--eval-bleu`` the counts of n-grams as numpy arrays
+    and scalars, which hold numbers alone. torch >= 2.6 loads with ``weights_only=True`` and
+    refuses classes that it does not know. Unnecessary once fairseq passes ``weights_only`` itself
+    or stops saving them.
     """
     if not hasattr(torch.serialization, "add_safe_globals"):  # torch < 2.4
         return

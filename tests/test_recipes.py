@@ -22,7 +22,6 @@ WMT = EXAMPLES / "translation" / "wmt14_en_de"
 WIKITEXT2 = EXAMPLES / "language_model" / "wikitext2"
 WIKITEXT103 = EXAMPLES / "language_model" / "wikitext103"
 RECIPES = [MULTI30K, IWSLT, WMT, WIKITEXT2, WIKITEXT103]
-SIGNATURE = "|tok:13a|smooth:exp|version:"
 # What an author of the recipes has on the path, without what is tested for being there.
 SYSTEM = "/usr/bin:/bin"
 
@@ -142,6 +141,7 @@ def prepared(raw, tmp_path_factory):
             out = tmp_path_factory.mktemp(recipe.name)
             arguments = ["--smoke", "--raw", raw / recipe.name, "--out", out, "--workers", 1]
             known[recipe, options] = out, script(recipe / "prepare.sh", *arguments, *options)
+            assert f"train.sh self_kd --smoke --out {out}" in known[recipe, options][1]
         return known[recipe, options]
 
     return prepare
@@ -154,36 +154,32 @@ def run(recipe, out, criterion, *options):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "criterion", "options", "tests"),
-    [
-        (MULTI30K, "self_kd", [], 3),
-        (IWSLT, "self_kd", ["--joined-dictionary"], 1),
-        (WMT, "self_kd", [], 1),
-        (WMT, "label_smoothed_cross_entropy", ["--big"], 1),
-    ],
+    ("recipe", "options", "tests"),
+    [(MULTI30K, [], 3), (IWSLT, ["--joined-dictionary"], 1), (WMT, ["--big"], 1)],
+    ids=["multi30k", "iwslt14_de_en", "wmt14_en_de"],
 )
-def test_a_translation_recipe_from_raw_text_to_bleu(recipe, criterion, options, tests, prepared):
-    out, _ = prepared(recipe, *[o for o in options if o == "--joined-dictionary"])
-    trained, evaluated = run(recipe, out, criterion, *options)
-    assert f"$ fairseq-train {out}/data" in trained
-    assert f"evaluate.sh {criterion} --smoke --out {out}" in trained
-    if criterion == "self_kd":
-        assert "self_kd|cand:neighbors|" in trained
-        assert "self_kd_mass" in trained
-    assert evaluated.count(SIGNATURE) == tests
-    assert evaluated.count("chrF2|") == tests
+def test_a_translation_recipe_from_raw_text_to_bleu(recipe, options, tests, prepared):
+    out, _ = prepared(recipe, *(options if recipe == IWSLT else []))
+    trained, evaluated = run(recipe, out, "self_kd", *options)
+    assert f"$ fairseq-train {out}-smoke/data" in trained
+    assert f"evaluate.sh self_kd --smoke --out {out}" in trained
+    assert "self_kd|cand:neighbors|" in trained
+    assert "self_kd_mass" in trained
+    case = "mixed" if recipe == WMT else "lc"
+    assert evaluated.count(f"BLEU|nrefs:1|case:{case}|eff:no|tok:13a|smooth:exp|version:") == tests
+    assert evaluated.count(f"chrF2|nrefs:1|case:{case}|") == tests
     assert evaluated.count("|tok:none|") == tests
     assert ("reading" in evaluated) == (recipe != IWSLT)  # averaged
-    assert "Trained already" in script(
-        recipe / "train.sh", criterion, "--smoke", "--out", out, *options
-    )
+    assert "has not come to its end" not in evaluated
 
 
-@pytest.mark.parametrize("recipe", [WIKITEXT2, WIKITEXT103])
-def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, prepared):
+@pytest.mark.parametrize(
+    ("recipe", "criterion"), [(WIKITEXT2, "self_kd"), (WIKITEXT103, "cross_entropy")]
+)
+def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, criterion, prepared):
     out, _ = prepared(recipe)
-    trained, evaluated = run(recipe, out, "self_kd")
-    assert "self_kd_mass" in trained
+    trained, evaluated = run(recipe, out, criterion)
+    assert ("self_kd_mass" in trained) == (criterion == "self_kd")
     context = 96 if recipe == WIKITEXT2 else 400
     for part in ("valid", "test"):
         (line,) = [li for li in evaluated.splitlines() if li.startswith(f"{part}: perplexity")]
@@ -191,27 +187,22 @@ def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, prepared):
         assert f"at least {context} words before it" in line
 
 
-@pytest.mark.parametrize(
-    ("recipe", "criterion"),
-    [
-        (MULTI30K, "cross_entropy"),
-        (MULTI30K, "label_smoothed_cross_entropy_with_rdrop"),
-        (IWSLT, "label_smoothed_cross_entropy_with_rdrop"),
-        (WIKITEXT2, "cross_entropy"),
-        (WIKITEXT2, "label_smoothed_cross_entropy_with_rdrop"),
-    ],
-)
-def test_the_other_criteria_train(recipe, criterion, prepared):
-    out, _ = prepared(recipe, *(["--joined-dictionary"] if recipe == IWSLT else []))
-    options = ["--joined-dictionary"] if recipe == IWSLT else []
-    trained = script(recipe / "train.sh", criterion, "--smoke", "--out", out, *options)
+@pytest.mark.parametrize("recipe", [MULTI30K, WIKITEXT2], ids=lambda recipe: recipe.name)
+def test_r_drop_trains(recipe, prepared):
+    out, _ = prepared(recipe)
+    criterion = "label_smoothed_cross_entropy_with_rdrop"
+    trained = script(recipe / "train.sh", criterion, "--smoke", "--out", out)
+    assert "rdrop_kl_loss" in trained
     assert "valid on 'valid' subset" in trained
-    assert ("rdrop_kl_loss" in trained) == criterion.endswith("rdrop")
 
 
 def test_iwslt_text_is_read_and_split_as_fairseqs_example_does(raw, prepared):
-    out, printed = prepared(IWSLT)  # without a joined dictionary
-    assert "words in the dictionary of en" in printed
+    out, _ = prepared(IWSLT, "--joined-dictionary")
+    # The same text without a joined dictionary: only the last step is new.
+    arguments = ["--smoke", "--raw", raw / IWSLT.name, "--out", out, "--workers", 1]
+    printed = script(IWSLT / "prepare.sh", *arguments)
+    assert printed.count("done already") == 3
+    out = Path(f"{out}-smoke")
     assert (out / "data" / "dict.en.txt").read_text() != (out / "data" / "dict.de.txt").read_text()
     text = (out / "text" / "train.de").read_text(encoding="utf-8").splitlines()
     assert text == sentences(200, 7, "de")
@@ -221,14 +212,18 @@ def test_iwslt_text_is_read_and_split_as_fairseqs_example_does(raw, prepared):
         (out / "tokens" / f"{part}.de").read_text(encoding="utf-8").splitlines()
         for part in ("train", "valid")
     )
-    kept = train[:22] + valid[:1] + train[22:44] + valid[1:2]
-    assert len(valid) == (len(train) + len(valid)) // 23
-    assert all(line == line.lower() and line.endswith(" .") for line in kept)
-    assert any("ü" in line or "ä" in line for line in kept)
+    # Put back where they were, every 23rd pair, they are the text in its order.
+    for number, line in enumerate(valid, start=1):
+        train.insert(23 * number - 1, line)
+    words = [line.lower().replace(".", " .") for line in text]
+    assert 100 < len(train) < 200  # pairs of unequal length are gone
+    assert train == [line for line in words if line in train]
+    assert len(valid) == len(train) // 23
 
 
 def test_one_line_stays_one_line_and_pairs_of_unequal_length_go(prepared):
     out, printed = prepared(WMT)
+    out = Path(f"{out}-smoke")
     lines = (out / "text" / "train.de").read_text(encoding="utf-8").split("\n")[:-1]
     assert lines[-20:] == sentences(20, 3, "de")
     assert "of 170 pairs kept" in printed
@@ -236,7 +231,7 @@ def test_one_line_stays_one_line_and_pairs_of_unequal_length_go(prepared):
         (out / "tokens" / f"train.{language}").read_text(encoding="utf-8").splitlines()
         for language in ("en", "de")
     )
-    assert 0 < len(english) == len(german) < 170
+    assert 100 < len(english) == len(german) < 170
     for one, two in zip(english, german):
         lengths = sorted([len(one.split()), len(two.split())])
         assert lengths[1] <= 1.5 * lengths[0]
@@ -245,11 +240,12 @@ def test_one_line_stays_one_line_and_pairs_of_unequal_length_go(prepared):
 def test_a_second_run_repeats_nothing_and_an_unfinished_step_is_done_again(raw, tmp_path):
     arguments = ["--smoke", "--raw", raw / "wikitext2", "--out", tmp_path, "--workers", 1]
     # As after an interruption: a step that was begun, and nothing that is complete.
-    (tmp_path / "text.partial").mkdir()
-    (tmp_path / "text.partial" / "train").write_text("half a li")
+    out = Path(f"{tmp_path}-smoke")
+    (out / "text.partial").mkdir(parents=True)
+    (out / "text.partial" / "half").write_text("half a li")
     first = script(WIKITEXT2 / "prepare.sh", *arguments)
     assert "done already" not in first
-    assert "half a li" not in (tmp_path / "text" / "train").read_text()
+    assert sorted(path.name for path in (out / "text").iterdir()) == ["test", "train", "valid"]
     assert script(WIKITEXT2 / "prepare.sh", *arguments).count("done already") == 2
 
 
@@ -263,50 +259,73 @@ def test_two_workers_under_torchrun(prepared):
     torchrun = Path(sys.executable).parent / "torchrun"
     printed = script(torchrun, *arguments)
     assert "training on 2 devices" in printed
-    assert "initialized host" in printed
-    assert (out / "torchrun" / "done").exists()
-    assert printed.count("Training with self_kd on 2 process(s)") == 1
+    assert printed.count("Training with self_kd, 2 CPU process(es)") == 1
+    assert "self_kd_mass" in printed
+    assert Path(f"{out}-smoke", "torchrun", "done").exists()
+    # Once more: no process waits for another one.
+    assert script(torchrun, *arguments).count("Trained already") == 2
 
 
-def test_two_workers_under_slurm(prepared, tmp_path):
-    """The environment that srun gives two tasks; scontrol is a stand-in that knows one host."""
-    out, _ = prepared(MULTI30K)
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\ntest "$*" = "show hostnames here" && echo 127.0.0.1\n')
-    scontrol.chmod(0o755)
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{SYSTEM}"
-    tasks = [
-        subprocess.Popen(
-            [MULTI30K / "train.sh", "self_kd", "--smoke", "--out", out, "--name", "slurm"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **{"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_NTASKS": "2"},
-                **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-                **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "here"},
-            },
-        )
-        for rank in range(2)
-    ]
-    printed = [task.communicate(timeout=240)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], printed
-    assert "training on 2 devices" in printed[0]
-    assert (out / "slurm" / "done").exists()
+def test_slurm_tasks_are_told_what_torchrun_tells_them(tmp_path):
+    """With the environment of srun, and a stand-in for scontrol that knows one host."""
+    job = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
+    printed = refused(WMT / "train.sh", "self_kd", "--out", data(tmp_path / "batch"), **job)
+    assert "start it with srun" in printed
+    job["SLURM_STEP_NODELIST"] = "here"
+    scontrol = '#!/bin/sh\ntest "$*" = "show hostnames here" && echo first && echo second\n'
+    given = arguments_of(WMT, tmp_path / "one", "--big", stand_ins={"scontrol": scontrol}, **job)
+    expected = {"world-size": "16", "rank": "9", "init-method": "env://", "backend": "gloo"}
+    for name, value in expected.items():
+        assert given[given.index(f"--distributed-{name}") + 1] == value
+    assert given[given.index("--update-freq") + 1] == "8"
+    assert (tmp_path / "one" / "environment").read_text().split() == ["first", "10007", "16", "9"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "options", "expected"),
+    [
+        # The machine's GPUs, no more of them than an update has batches; fp16 by itself.
+        ("4 fp16", {}, [], "--distributed-world-size 4 --update-freq 2 --fp16"),
+        ("16 fp32", {}, [], "--distributed-world-size 8 --update-freq 1"),
+        ("4 fp16", {}, ["--precision", "fp32"], "--distributed-world-size 4 --update-freq 2"),
+        ("4 fp16", {}, ["--amp"], "--distributed-world-size 4 --update-freq 2 --amp"),
+        # One process of three, which sees all GPUs, or its own alone.
+        ("3 fp32", {"LOCAL_RANK": "2"}, [], "--device-id 2 --update-freq 3"),
+        ("1 fp32", {"LOCAL_RANK": "2"}, [], "--device-id 0 --update-freq 3"),
+    ],
+)
+def test_gpus_share_an_update(gpus, environment, options, expected, tmp_path):
+    """A stand-in for python tells the script what torch would tell it of the GPUs."""
+    if environment:
+        environment = {**environment, "WORLD_SIZE": "3", "RANK": "2"}
+    python = f"#!/bin/sh\necho {gpus}\n"
+    given = arguments_of(WMT, tmp_path, *options, stand_ins={"python": python}, **environment)
+    text = " ".join(given)
+    assert text.endswith(expected)
+    assert "--cpu" not in text
+    assert "gloo" not in text
 
 
 # ---- The same run from a YAML -------------------------------------------------------------------
 
 
-def settings(recipe, out, *options):
-    """Return the arguments that train.sh gives to fairseq-train."""
-    (out / "data").mkdir(parents=True)
-    tools = out / "tools"
-    tools.mkdir()
-    (tools / "fairseq-train").write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {out}/arguments\n")
-    (tools / "fairseq-train").chmod(0o755)
+def data(out):
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def arguments_of(recipe, out, *options, stand_ins=(), **environment):
+    """Return the arguments that train.sh gives to fairseq-train; one that only notes them runs."""
+    tools = data(out) / "tools"
+    tools.mkdir(exist_ok=True)
+    note = f"printf '%s\\0' \"$@\" > {out}/arguments\n"
+    note += f"echo $MASTER_ADDR $MASTER_PORT $WORLD_SIZE $RANK > {out}/environment\n"
+    note += f"test -d {out}/run && touch {out}/run/checkpoint_last.pt\nexit 0\n"
+    for name, text in {**dict(stand_ins), "fairseq-train": f"#!/bin/sh\n{note}"}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
     arguments = ["self_kd", "--out", out, "--name", "run", *options]
-    script(recipe / "train.sh", *arguments, first_on_path=tools)
+    script(recipe / "train.sh", *arguments, first_on_path=tools, **environment)
     return (out / "arguments").read_text().split("\0")[:-1]
 
 
@@ -317,17 +336,17 @@ def test_the_yaml_is_the_run_of_train_sh(recipe, tmp_path):
     from fairseq.dataclass.initialize import add_defaults
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    workers = 8 if recipe in (WMT, WIKITEXT103) else 1
-    arguments = settings(recipe, tmp_path)
-    shared = [int(arguments[i + 1]) for i, a in enumerate(arguments) if a == "--update-freq"]
+    gpus = 8 if recipe in (WMT, WIKITEXT103) else 1
+    arguments = arguments_of(recipe, tmp_path)
+    on_one = int(arguments[arguments.index("--update-freq") + 1])
     parser = options.get_training_parser()
     expected = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
     config = OmegaConf.load(recipe / "train.yaml")
     config.common.user_dir = str(PLUGIN)
     config.task.data = str(tmp_path / "data")
     config.checkpoint.save_dir = str(tmp_path / "run")
-    assert [shared[-1] // workers] == config.optimization.update_freq
-    config.optimization.update_freq = shared
+    assert [on_one // gpus] == config.optimization.update_freq
+    config.optimization.update_freq = [on_one]
     groups = ["task", "criterion", "model", "optimizer", "lr_scheduler"]
     full = OmegaConf.merge(OmegaConf.structured(FairseqConfig), config)
     add_defaults(full)
@@ -363,11 +382,11 @@ def _same_model(config, arguments):
         OmegaConf.to_container(OmegaConf.create({"model": model}), resolve=True)["model"]
         for model in (found, expected)
     )
-    for key in set(expected) - {"_name"}:
-        value, other = expected[key], found[key]
+    for key, value in expected.items():
         for inner, one in (value if isinstance(value, dict) else {"": value}).items():
-            two = other[inner] if inner else other
-            assert one == two or {one, two} <= {None, 0, False}, f"{key} {inner}: {one} {two}"
+            two = found[key][inner] if inner else found[key]
+            if "_name" not in (key, inner):
+                assert one == two or {one, two} <= {None, 0}, f"{key} {inner}: {one} {two}"
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
@@ -391,6 +410,11 @@ def test_bad_arguments_are_refused_and_help_is_given(recipe, tmp_path):
     assert "there is no option --row" in refused(recipe / "prepare.sh", "--row", "x")
     printed = refused(recipe / "prepare.sh", "--raw", tmp_path / "none", "--out", tmp_path)
     assert "which is no folder" in printed
+    absent = "--joined-dictionary" if recipe != IWSLT else "--big"
+    printed = refused(recipe / "train.sh", "self_kd", "--out", tmp_path, absent)
+    assert printed.startswith(f"{recipe.name} has no option {absent}")
+    printed = refused(recipe / "train.sh", "self_kd", "--save-dir", "x")
+    assert "--out DIR and --name NAME" in printed
     for name in ("prepare.sh", "train.sh", "evaluate.sh"):
         printed = script(recipe / name, "--help")
         assert name in printed
@@ -406,7 +430,7 @@ def test_an_archive_that_is_cut_off_is_refused(recipe, raw, tmp_path):
     printed = refused(recipe / "prepare.sh", "--smoke", "--raw", tmp_path, "--out", out)
     assert "complete" in printed
     assert str(tmp_path) in printed
-    assert not (out / "text").exists()
+    assert not Path(f"{out}-smoke", "text").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -450,7 +474,7 @@ def test_a_download_is_checked_and_not_repeated(raw, tmp_path):
         WIKITEXT2 / "prepare.sh", "--smoke", "--out", tmp_path / "two", first_on_path=tmp_path
     )
     assert "could not be downloaded" in printed
-    assert not list((tmp_path / "two" / "raw").glob("*.zip*"))
+    assert not list((tmp_path / "two-smoke" / "raw").glob("*.zip*"))
 
 
 def test_different_numbers_of_lines_are_refused(raw, tmp_path):
@@ -462,7 +486,7 @@ def test_different_numbers_of_lines_are_refused(raw, tmp_path):
     printed = refused(MULTI30K / "prepare.sh", "--smoke", "--raw", tmp_path, "--out", out)
     assert "has 150 lines and" in printed
     assert "has 151;" in printed
-    assert not (out / "text").exists()
+    assert not Path(f"{out}-smoke", "text").exists()
 
 
 def test_a_missing_tool_and_a_full_disk_are_named(raw, tmp_path):
@@ -493,23 +517,38 @@ def test_a_missing_tool_and_a_full_disk_are_named(raw, tmp_path):
     assert "pip install" in printed
 
 
-def test_other_settings_do_not_go_on_from_a_run(tmp_path):
-    out = tmp_path / "out"
-    settings(MULTI30K, out)
-    (out / "run" / "done").unlink()
-    arguments = ["self_kd", "--out", out, "--name", "run"]
-    printed = refused(MULTI30K / "train.sh", *arguments, "--lr", 1, first_on_path=out / "tools")
-    assert "was begun with other settings" in printed
+def test_a_run_with_other_settings_is_refused_and_a_finished_one_is_not_repeated(tmp_path):
+    arguments_of(MULTI30K, tmp_path)
+    arguments = [MULTI30K / "train.sh", "self_kd", "--out", tmp_path, "--name", "run"]
+    (tmp_path / "arguments").unlink()
+    assert "Trained already" in script(*arguments, first_on_path=tmp_path / "tools")
+    assert not (tmp_path / "arguments").exists()
+    printed = refused(*arguments, "--lr", 1, first_on_path=tmp_path / "tools")
+    assert "was begun with other settings: > --lr > 1" in printed
     assert "--name NAME" in printed
-    assert "Trained. Next:" in script(
-        MULTI30K / "train.sh", *arguments, first_on_path=out / "tools"
+    (tmp_path / "run" / "done").unlink()
+    (tmp_path / "run" / "settings").unlink()
+    again = script(*arguments, "--lr", 1, first_on_path=tmp_path / "tools")
+    assert "going on from" in again
+    printed = refused(*arguments, "--precision", "fp8")
+    assert printed.startswith("--precision is fp8; allowed: auto, fp32, fp16")
+
+
+def test_a_training_that_was_stopped_is_not_taken_for_finished(tmp_path):
+    tools = data(tmp_path) / "tools"
+    tools.mkdir()
+    line = "Stopping training due to cumulative_training_time: 9 > stop_time_hours: 1 hour(s)"
+    (tools / "fairseq-train").write_text(
+        f"#!/bin/sh\necho '{line}'\ntouch {tmp_path}/run/checkpoint_last.pt\n"
+        f"touch {tmp_path}/run/checkpoint_best.pt\n"
     )
-    printed = refused(MULTI30K / "train.sh", *arguments, "--precision", "fp8")
-    assert printed.startswith("--precision is fp8; allowed: auto, fp32, fp16, bf16")
-
-
-def test_fewer_gpus_make_the_same_update(tmp_path):
-    arguments = settings(WMT, tmp_path / "one", "--big")
-    assert arguments[arguments.index("--update-freq") + 1] == "128"
-    arguments = settings(WMT, tmp_path / "two")
-    assert arguments[arguments.index("--update-freq") + 1] == "8"
+    (tools / "fairseq-train").chmod(0o755)
+    arguments = ["self_kd", "--out", tmp_path, "--name", "run"]
+    printed = script(IWSLT / "train.sh", *arguments, first_on_path=tools)
+    assert "has ended before the end" in printed
+    assert not (tmp_path / "run" / "done").exists()
+    (tools / "fairseq-generate").write_text("#!/bin/sh\necho no translation\n")
+    (tools / "fairseq-generate").chmod(0o755)
+    printed = script(IWSLT / "evaluate.sh", *arguments, fails=True, first_on_path=tools)
+    assert "Note: the training in" in printed
+    assert "there are no translations in" in printed

@@ -8,7 +8,7 @@
 #   --out DIR      the folder that was given to prepare.sh (default: runs/wikitext2)
 #   --seed N       default: 1
 #   --name NAME    folder of the run in DIR (default: CRITERION-seedN)
-#   --precision P  auto (what the GPU has), fp32, fp16 or bf16
+#   --precision P  auto (fp16 where the GPU has it), fp32 or fp16
 #   --smoke        a tiny model and a few updates, to try the recipe
 #   OPTIONS        anything else goes to fairseq-train and counts more than what the recipe says
 #
@@ -18,7 +18,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
-devices
+devices 1
 criterion_options 0.0 1 \
     --self-kd-start-update 1000 --self-kd-ramp-updates 1000 --self-kd-refresh-interval 1000
 MODEL=(
@@ -29,7 +29,6 @@ OPTIMISATION=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01 --clip-norm 1.0
     --lr 0.002 --lr-scheduler inverse_sqrt --warmup-init-lr 1e-07 --warmup-updates 500
     --tokens-per-sample 128 --sample-break-mode none --max-tokens 1024 --max-update 8000
-    --update-freq "$(update_freq 1)"
 )
 CHECKPOINTS=(--no-epoch-checkpoints)
 if [ -n "$SMOKE" ]; then

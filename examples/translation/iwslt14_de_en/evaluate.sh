@@ -5,6 +5,7 @@
 #
 # The first options are those of train.sh and name the run; OPTIONS go to fairseq-generate.
 set -euo pipefail
+OFFERED="--joined-dictionary"
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
@@ -12,4 +13,4 @@ need fairseq-generate sacremoses sacrebleu
 average 0 ""
 translate test test de en --beam 5
 # The model writes lower case, so case does not count.
-score test "IWSLT14 test, de-en" "$OUT/text/test.en" "$OUT/tokens/test.en" -lc
+score test "IWSLT14 test, de-en" "$OUT/text/test.en" "$OUT/tokens/test.en" -lc --chrf-lowercase

@@ -9,8 +9,9 @@
 #   --raw DIR    take de-en.tgz from this folder, and download nothing
 #   --out DIR    where everything goes (default: runs/iwslt14_de_en)
 #   --workers N  processes (default: all cores)
-#   --smoke      the beginning of each file, to try the recipe (default: runs/iwslt14_de_en-smoke)
+#   --smoke      the beginning of each file, to try the recipe (DIR-smoke)
 set -euo pipefail
+OFFERED="--joined-dictionary"
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 TESTS="TED.dev2010 TEDX.dev2012 TED.tst2010 TED.tst2011 TED.tst2012"
@@ -66,4 +67,4 @@ step "$OUT/tokens" "Tokenising, lower-casing, and leaving out pairs of unequal l
 step "$OUT/bpe" "Subwords" subwords "$OUT/tokens" "$MERGES" de en
 step "$OUT/data$JOINED" "fairseq-preprocess" binarise "$OUT/bpe" de en "$OUT/bpe/test" \
     ${JOINED:+--joined-dictionary}
-say "Ready: $OUT/data$JOINED. Next:  $FOLDER/train.sh self_kd${SMOKE:+ --smoke}${JOINED:+ --joined-dictionary}"
+say "Ready: $OUT/data$JOINED. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"

@@ -10,16 +10,17 @@
 #   --out DIR      the folder that was given to prepare.sh (default: runs/iwslt14_de_en)
 #   --seed N       default: 1
 #   --name NAME    folder of the run in DIR (default: CRITERION-seedN)
-#   --precision P  auto (what the GPU has), fp32, fp16 or bf16
+#   --precision P  auto (fp16 where the GPU has it), fp32 or fp16
 #   --smoke        a tiny model and a few updates, to try the recipe
 #   OPTIONS        anything else goes to fairseq-train and counts more than what the recipe says
 #
-# The same command goes on where it was interrupted. Several machines: see the README.
+# The same command goes on where it was interrupted. Several machines: examples/README.md.
 set -euo pipefail
+OFFERED="--joined-dictionary"
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
-devices
+devices 1
 criterion_options 0.1 5 --self-kd-start-update 4000 --self-kd-ramp-updates 4000
 MODEL=(--arch transformer_iwslt_de_en --dropout 0.3)
 if [ -n "$JOINED" ]; then
@@ -30,7 +31,7 @@ fi
 OPTIMISATION=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 0.0 --weight-decay 0.0001
     --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 --max-tokens 4096
-    --max-update 60000 --update-freq "$(update_freq 1)"
+    --max-update 60000
 )
 CHECKPOINTS=(--keep-last-epochs 10)
 if [ "$CRITERION" != label_smoothed_cross_entropy_with_rdrop ]; then

@@ -14,6 +14,6 @@ subset=test
 for name in test2016 test2017 coco; do
     translate "$subset" "$name" en de --beam 5
     # The model writes lower case, so case does not count.
-    score "$name" "$name, en-de" "$OUT/text/$name.de" "$OUT/tokens/$name.de" -lc
+    score "$name" "$name, en-de" "$OUT/text/$name.de" "$OUT/tokens/$name.de" -lc --chrf-lowercase
     case $subset in test) subset=test1 ;; *) subset=test2 ;; esac
 done

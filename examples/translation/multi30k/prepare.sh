@@ -6,7 +6,7 @@
 #   --raw DIR    take train.en.gz, train.de.gz, ... from this folder, and download nothing
 #   --out DIR    where everything goes (default: runs/multi30k)
 #   --workers N  processes (default: all cores)
-#   --smoke      the beginning of each file, to try the recipe (default folder: runs/multi30k-smoke)
+#   --smoke      the beginning of each file, to try the recipe (DIR-smoke)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
@@ -71,4 +71,4 @@ step "$OUT/tokens" "Tokenising and lower-casing" tokens
 step "$OUT/bpe" "Subwords" subwords "$OUT/tokens" "$MERGES" en de
 step "$OUT/data" "fairseq-preprocess" binarise "$OUT/bpe" en de \
     "$OUT/bpe/test2016,$OUT/bpe/test2017,$OUT/bpe/coco" --joined-dictionary
-say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd${SMOKE:+ --smoke}"
+say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"

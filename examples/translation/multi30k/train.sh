@@ -8,7 +8,7 @@
 #   --out DIR      the folder that was given to prepare.sh (default: runs/multi30k)
 #   --seed N       default: 1
 #   --name NAME    folder of the run in DIR (default: CRITERION-seedN)
-#   --precision P  auto (what the GPU has), fp32, fp16 or bf16
+#   --precision P  auto (fp16 where the GPU has it), fp32 or fp16
 #   --smoke        a tiny model and a few updates, to try the recipe
 #   OPTIONS        anything else goes to fairseq-train and counts more than what the recipe says
 #
@@ -17,7 +17,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
-devices
+devices 1
 criterion_options 0.1 5 \
     --self-kd-start-update 500 --self-kd-ramp-updates 500 --self-kd-refresh-interval 500
 MODEL=(
@@ -29,7 +29,6 @@ MODEL=(
 OPTIMISATION=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.004 --lr-scheduler inverse_sqrt
     --warmup-init-lr 1e-07 --warmup-updates 1000 --max-tokens 2048 --max-update 4000
-    --update-freq "$(update_freq 1)"
 )
 CHECKPOINTS=(--keep-last-epochs 5)
 if [ -n "$SMOKE" ]; then

@@ -7,7 +7,7 @@
 #   --raw DIR    take the five archives from this folder, and download nothing
 #   --out DIR    where everything goes (default: runs/wmt14_en_de)
 #   --workers N  processes (default: all cores)
-#   --smoke      the beginning of each file, to try the recipe (default: runs/wmt14_en_de-smoke)
+#   --smoke      the beginning of each file, to try the recipe (DIR-smoke)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
@@ -77,4 +77,4 @@ step "$OUT/tokens" "Tokenising, and leaving out pairs of unequal length" tokens
 step "$OUT/bpe" "Subwords" subwords "$OUT/tokens" "$MERGES" en de
 step "$OUT/data" "fairseq-preprocess" binarise "$OUT/bpe" en de "$OUT/bpe/test" \
     --joined-dictionary --nwordssrc 32768 --nwordstgt 32768
-say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd${SMOKE:+ --smoke}"
+say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"

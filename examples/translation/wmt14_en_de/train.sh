@@ -9,24 +9,25 @@
 #   --out DIR      the folder that was given to prepare.sh (default: runs/wmt14_en_de)
 #   --seed N       default: 1
 #   --name NAME    folder of the run in DIR (default: CRITERION-seedN, CRITERION-big-seedN)
-#   --precision P  auto (what the GPU has), fp32, fp16 or bf16
+#   --precision P  auto (fp16 where the GPU has it), fp32 or fp16
 #   --smoke        a tiny model and a few updates, to try the recipe
 #   OPTIONS        anything else goes to fairseq-train and counts more than what the recipe says
 #
 # An update is made of 8 (base) or 128 (big) batches, shared by the GPUs that there are. The same
-# command goes on where it was interrupted. Several machines: see the README.
+# command goes on where it was interrupted. Several machines: examples/README.md.
 set -euo pipefail
+OFFERED="--big"
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
-devices
+devices "$([ -n "$BIG" ] && echo 128 || echo 8)"
 criterion_options 0.1 5 --self-kd-start-update 8000 --self-kd-ramp-updates 8000
 if [ -n "$BIG" ]; then
     MODEL=(--arch transformer_vaswani_wmt_en_de_big --dropout 0.3)
-    OPTIMISATION=(--lr 0.001 --max-tokens 3584 --max-update 40000 --update-freq "$(update_freq 128)")
+    OPTIMISATION=(--lr 0.001 --max-tokens 3584 --max-update 40000)
 else
     MODEL=(--arch transformer_wmt_en_de --dropout 0.1)
-    OPTIMISATION=(--lr 0.0007 --max-tokens 4096 --max-update 100000 --update-freq "$(update_freq 8)")
+    OPTIMISATION=(--lr 0.0007 --max-tokens 4096 --max-update 100000)
 fi
 MODEL+=(--share-all-embeddings)
 OPTIMISATION+=(
@@ -40,7 +41,7 @@ if [ -n "$SMOKE" ]; then
         --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32
         --encoder-attention-heads 4 --decoder-attention-heads 4
     )
-    OPTIMISATION+=(--max-tokens 1000 --max-update 4 --update-freq 1)
+    OPTIMISATION+=(--max-tokens 1000 --max-update 4)
     CHECKPOINTS+=(--save-interval-updates 2)
 fi
 train --task translation --source-lang en --target-lang de \
