@@ -22,6 +22,8 @@ WMT = EXAMPLES / "translation" / "wmt14_en_de"
 WIKITEXT2 = EXAMPLES / "language_model" / "wikitext2"
 WIKITEXT103 = EXAMPLES / "language_model" / "wikitext103"
 RECIPES = [MULTI30K, IWSLT, WMT, WIKITEXT2, WIKITEXT103]
+# A recipe is a dozen commands, each of which loads torch: on a busy machine minutes.
+pytestmark = pytest.mark.timeout(900)
 # What an author of the recipes has on the path, without what is tested for being there.
 SYSTEM = "/usr/bin:/bin"
 
