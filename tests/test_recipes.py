@@ -61,6 +61,14 @@ def sentences(count, seed, language):
     return lines
 
 
+def uneven(lines, language):
+    """Make every ninth German sentence three times as long as its English one."""
+    return [
+        f"{line} {line} {line}" if language == "de" and number % 9 == 4 else line
+        for number, line in enumerate(lines)
+    ]
+
+
 def archive(path, members):
     with tarfile.open(path, "w:gz") as tar:
         for name, lines in members.items():
@@ -86,7 +94,7 @@ def raw(tmp_path_factory):
                 folder / "multi30k" / f"{part}.{language}.gz", "wt", encoding="utf-8"
             ) as f:
                 f.write("".join(line + "\n" for line in lines))
-        talk = sentences(200, 7, language)
+        talk = uneven(sentences(200, 7, language), language)
         iwslt[f"de-en/train.tags.de-en.{language}"] = [
             "<url>http://www.ted.com/</url>",
             "<keywords>talks</keywords>",
@@ -106,7 +114,9 @@ def raw(tmp_path_factory):
                 "</doc></srcset></mteval>",
             ]
         europarl[f"training/europarl-v7.de-en.{language}"] = sentences(90, 1, language)
-        news[f"training/news-commentary-v9.de-en.{language}"] = sentences(60, 2, language)
+        news[f"training/news-commentary-v9.de-en.{language}"] = uneven(
+            sentences(60, 2, language), language
+        )
         # Bytes that Python takes for the end of a line, and that are none.
         crawl[f"commoncrawl.de-en.{language}"] = [
             line.replace(" ", "\u2028", 1) for line in sentences(20, 3, language)
@@ -207,7 +217,7 @@ def test_iwslt_text_is_read_and_split_as_fairseqs_example_does(raw, prepared):
     out = Path(f"{out}-smoke")
     assert (out / "data" / "dict.en.txt").read_text() != (out / "data" / "dict.de.txt").read_text()
     text = (out / "text" / "train.de").read_text(encoding="utf-8").splitlines()
-    assert text == sentences(200, 7, "de")
+    assert text == uneven(sentences(200, 7, "de"), "de")
     test = (out / "text" / "test.en").read_text(encoding="utf-8").splitlines()
     assert test == sentences(4, 8, "en") * 5
     train, valid = (
