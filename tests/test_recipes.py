@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from results import collect
 from tests.conftest import PLUGIN, ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -181,6 +182,7 @@ def test_a_translation_recipe_from_raw_text_to_bleu(recipe, options, tests, prep
     assert evaluated.count(f"BLEU|nrefs:1|case:{case}|eff:no|tok:13a|smooth:exp|version:") == tests
     assert evaluated.count(f"chrF2|nrefs:1|case:{case}|") == tests
     assert evaluated.count("|tok:none|") == tests
+    assert len(list(collect.scores(evaluated))) == 3 * tests  # BLEU, its length ratio, chrF
     assert ("reading" in evaluated) == (recipe != IWSLT)  # averaged
     assert "has not come to its end" not in evaluated
 
@@ -197,6 +199,9 @@ def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, criterion, 
         (line,) = [li for li in evaluated.splitlines() if li.startswith(f"{part}: perplexity")]
         assert 1 < float(line.split()[2]) < 1000
         assert f"at least {context} words before it" in line
+    assert [signature for _, _, signature in collect.scores(evaluated)] == [
+        f"context:{context}"
+    ] * 2
 
 
 @pytest.mark.parametrize("recipe", [MULTI30K, WIKITEXT2], ids=lambda recipe: recipe.name)

@@ -1,0 +1,118 @@
+"""Train and score all arms with all seeds: ``python -m results`` (or ``make results``).
+
+What is run is declared in ``experiments.yaml``. A run is a recipe's ``train.sh`` and then its
+``evaluate.sh``. Both go on where they were interrupted, so the same command runs what is missing.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import List, Set
+
+from results import collect
+from results.plan import ROOT, PlanError, Run, read
+
+
+def main() -> None:
+    """Run what is missing, print a line when a run begins and ends, collect the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where prepared data is")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results.csv")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; allowed: 1 or more")
+    try:
+        runs = read(args.plan, args.out.resolve(), args.only)
+    except (PlanError, OSError) as error:
+        sys.exit(f"python -m results: {error}")
+    failure = Runner(runs, args.jobs).run()
+    found = [run for run in runs if collect.complete(run)]
+    collect.write([row for run in found for row in collect.rows(run)], args.csv)
+    print(f"{len(found)} of {len(runs)} runs are complete; their figures are in {args.csv}")
+    sys.exit(failure)
+
+
+class Runner:
+    """Runs what is missing, ``jobs`` at a time, each with its share of the cores."""
+
+    def __init__(self, runs: List[Run], jobs: int) -> None:
+        self.runs = runs
+        self.jobs = jobs
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.lock = threading.Lock()
+        self.processes: Set[int] = set()
+        self.stopped = False
+
+    def run(self) -> str:
+        """Run all, and return what went wrong: the first failure and Ctrl-C stop the others."""
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self._one, n, run) for n, run in enumerate(self.runs, start=1)]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except KeyboardInterrupt:
+                self._stop()
+                return "\nInterrupted. The same command goes on from here."
+            except RunError as error:
+                self._stop()
+                return f"\npython -m results: {error}"
+        return ""
+
+    def _one(self, number: int, run: Run) -> None:
+        title = f"[{number}/{len(self.runs)}] {run.task}, {run.arm}, seed {run.seed}"
+        if collect.complete(run):
+            print(f"{title}: complete already", flush=True)
+            return
+        began = time.time()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{title}: training, log {run.folder}/train.log", flush=True)
+        self._command(run.train, run.folder / "train.out")
+        partial = run.folder / f"{collect.EVALUATION}.partial"
+        self._command(run.evaluate, partial)
+        partial.replace(run.folder / collect.EVALUATION)
+        figures = ", ".join(f"{row['measure']} {row['value']}" for row in collect.rows(run))
+        print(f"{title}: {figures}; {(time.time() - began) / 60:.1f} minutes", flush=True)
+
+    def _command(self, command: List[str], output: Path) -> None:
+        with output.open("wb") as file, self.lock:
+            if self.stopped:
+                raise RunError("stopped")
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,  # a group of its own, which can be stopped as a whole
+            )
+            self.processes.add(process.pid)
+        status = process.wait()
+        with self.lock:
+            self.processes.remove(process.pid)
+        if status != 0:
+            tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
+            raise RunError(f"{shlex.join(command)} failed; the end of {output}:\n{tail}")
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                os.killpg(process, signal.SIGTERM)
+
+
+class RunError(Exception):
+    """A command has failed; the message holds the end of its output."""
+
+
+if __name__ == "__main__":
+    main()
