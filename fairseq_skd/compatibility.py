@@ -5,7 +5,7 @@ Tried with ve-fairseq 0.12.3 (torch 2.13) and fairseq 0.12.2 (torch 2.5).
 
 import argparse
 import functools
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ def allow_fairseqs_checkpoints() -> None:
         return
     numbers = [np.int64(0), np.float64(0)]
     # Functions that numpy keeps under other names from version to version; an object knows its own.
-    makers = [value.__reduce__()[0] for value in (np.zeros(0), *numbers)]
+    makers: List[Any] = [value.__reduce__()[0] for value in (np.zeros(0), *numbers)]
     dtypes = [type(value.dtype) for value in numbers]
-    torch.serialization.add_safe_globals([argparse.Namespace, np.ndarray, np.dtype])
-    torch.serialization.add_safe_globals([*makers, *dtypes])
+    classes = [argparse.Namespace, np.ndarray, np.dtype, *dtypes]
+    torch.serialization.add_safe_globals([*makers, *classes])
 
 
 def remember_num_updates() -> None:
