@@ -485,11 +485,13 @@ translate() {
     WORKERS=1 moses "$target" detokenize < "$result.tok" > "$result.txt"
 }
 
-# score NAME TITLE REFERENCE TOKENISED_REFERENCE SACREBLEU_OPTIONS...: print both figures of $RUN/NAME.
+# score NAME TITLE REFERENCE TOKENISED_REFERENCE SACREBLEU_OPTIONS...: print both figures of $RUN/NAME,
+# and leave the reference beside the translations.
 score() {
     local result=$RUN/$1 title=$2 reference=$3 tokens=$4
     shift 4
     same_lines "$reference" "$result.txt"
+    cp "$reference" "$result.ref"
     say "$title, detokenised text (the figure to quote, with its signature):"
     sacrebleu "$reference" -i "$result.txt" -m bleu chrf -f text "$@"
     echo "$title, tokenised text (as papers of this task quote it; not comparable with the above):"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from results import collect, plan
+from results import collect, plan, report
 from tests.conftest import ROOT
 
 PLAN = """
@@ -137,3 +137,27 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert len(found) == 3 * 7
     finish_again = tmp_path / "multi30k" / "near-seed2"
     assert "Training with self_kd" in (finish_again / "train.out").read_text()
+
+
+def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
+    runs = plan.read(prepare(tmp_path), tmp_path)
+    reference = [
+        f"{'abc'[i % 3]} man number {i} walks past {i % 7} red houses ." for i in range(60)
+    ]
+    for run in runs:
+        finish(run)
+        (run.folder / "test2016.ref").write_text("\n".join(reference) + "\n")
+        # `near` is right everywhere with seed 1, and just as wrong as `plain` with seed 2.
+        right = run.arm == "near" and run.seed == 1
+        lines = reference if right else [line.replace("red", "green") for line in reference]
+        (run.folder / "test2016.txt").write_text("\n".join(lines) + "\n")
+    table = report.significance(runs, "test2016").splitlines()
+    assert table[0] == "| arm | seed 1 | seed 2 |"
+    arm, one, two = table[2].strip("| ").split(" | ")
+    assert arm == "near"
+    assert float(one.split()[0]) > 5
+    assert "p = 0.001" in one
+    assert two.startswith("+0.0 (p = ")
+    means = report.means(runs).splitlines()
+    assert means[0].startswith("| arm | seeds | validation perplexity | updates to it |")
+    assert means[2].startswith("| plain | 2 | 5.25 ± 0 | 240 ± 0 |")
