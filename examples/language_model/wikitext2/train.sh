@@ -23,14 +23,14 @@ criterion_options 0.0 1 \
     --self-kd-start-update 1000 --self-kd-ramp-updates 1000 --self-kd-refresh-interval 1000
 MODEL=(
     --arch transformer_lm --share-decoder-input-output-embed --decoder-layers 2
-    --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --dropout 0.2
+    --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --dropout 0.1
 )
 OPTIMISATION=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01 --clip-norm 1.0
     --lr 0.002 --lr-scheduler inverse_sqrt --warmup-init-lr 1e-07 --warmup-updates 500
-    --tokens-per-sample 128 --sample-break-mode none --max-tokens 1024 --max-update 8000
+    --tokens-per-sample 128 --sample-break-mode none --max-tokens 1024 --max-update 6000
 )
-CHECKPOINTS=(--no-epoch-checkpoints)
+CHECKPOINTS=(--no-epoch-checkpoints --save-interval-updates 1000 --keep-interval-updates 1)
 if [ -n "$SMOKE" ]; then
     MODEL+=(--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32)
     OPTIMISATION+=(--max-update 4)
