@@ -125,9 +125,12 @@ fetch() {
     mkdir -p "$RAW"
     partial=$RAW/$file.partial
     for address in "$@"; do
-        echo "  downloading $file from $address"
-        curl --fail --location --continue-at - --retry 3 --connect-timeout 30 --progress-bar \
-            --output "$partial" "$address" || continue
+        # Whole already, if the last run ended just after the download.
+        if [ ! -f "$partial" ] || [ -n "$(flaw_of "$partial" "$file" "$bytes" "$checksum")" ]; then
+            echo "  downloading $file from $address"
+            curl --fail --location --continue-at - --retry 3 --connect-timeout 30 --progress-bar \
+                --output "$partial" "$address" || continue
+        fi
         flaw=$(flaw_of "$partial" "$file" "$bytes" "$checksum")
         if [ -z "$flaw" ]; then
             mv "$partial" "$RAW/$file"

@@ -487,6 +487,12 @@ def test_a_download_is_checked_and_not_repeated(raw, tmp_path):
             IWSLT / "prepare.sh", "--smoke", "--out", out, "--workers", 1, first_on_path=tmp_path
         )
     assert (tmp_path / "calls").read_text() == "called\n"
+    # Interrupted between the download and its acceptance.
+    archive = Path(f"{out}-smoke", "raw", "de-en.tgz")
+    archive.rename(f"{archive}.partial")
+    script(IWSLT / "prepare.sh", "--smoke", "--out", out, first_on_path=tmp_path)
+    assert (tmp_path / "calls").read_text() == "called\n"
+    assert archive.exists()
     printed = refused(
         WIKITEXT2 / "prepare.sh", "--smoke", "--out", tmp_path / "two", first_on_path=tmp_path
     )
