@@ -31,10 +31,10 @@ trap farewell EXIT
 
 say() { printf '\n%s\n' "$*"; }
 
-run() {
-    printf '  $'
-    printf ' %q' "$@"
-    printf '\n'
+exec 3>&1
+
+run() {  # prints the command, also where its output goes elsewhere
+    printf '  $%s\n' "$(printf ' %q' "$@")" >&3
     "$@"
 }
 

@@ -19,7 +19,7 @@ EVALUATION = "evaluation.txt"
 Row = Dict[str, Union[str, int, float]]
 
 # What sacrebleu prints in one line: name and signature, score, and for BLEU what follows it.
-_SCORE = re.compile(r"^((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio = ([\d.]+))?")
+_SCORE = re.compile(r"^ *((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio = ([\d.]+))?")
 _PERPLEXITY = re.compile(r"^(valid|test): perplexity ([\d.]+) a word .* at least (\d+) words")
 
 

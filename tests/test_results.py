@@ -25,7 +25,7 @@ VALID = "2026-01-01 00:00:00 | INFO | valid | epoch 001 | valid on 'valid' subse
 VALID += " | nll_loss 2.5 | ppl {ppl} | wps 1e+06 | num_updates {n} | best_loss 3.5"
 EVALUATION = """
 test2016, en-de, detokenised text (the figure to quote, with its signature):
-BLEU|nrefs:1|case:lc|version:2.6.0 = 36.4 68/44/30/22 (BP = 0.958 ratio = 0.959 hyp_len = 9)
+  BLEU|nrefs:1|case:lc|version:2.6.0 = 36.4 68/44/30/22 (BP = 0.958 ratio = 0.959 hyp_len = 9)
 chrF2|nrefs:1|case:lc|version:2.6.0 = 60.2
 test2016, en-de, tokenised text (as papers of this task quote it; not comparable with the above):
 BLEU|nrefs:1|tok:none|version:2.6.0 = 37.5 69/45/31/23 (BP = 0.960 ratio = 0.961 hyp_len = 9)
