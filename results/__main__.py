@@ -39,7 +39,8 @@ def main() -> None:
     found = [run for run in runs if collect.complete(run)]
     collect.write([row for run in found for row in collect.rows(run)], args.csv)
     print(f"{len(found)} of {len(runs)} runs are complete; their figures are in {args.csv}")
-    sys.exit(failure)
+    if failure:
+        sys.exit(failure)
 
 
 class Runner:
@@ -73,6 +74,8 @@ class Runner:
         title = f"[{number}/{len(self.runs)}] {run.task}, {run.arm}, seed {run.seed}"
         if collect.complete(run):
             print(f"{title}: complete already", flush=True)
+            return
+        if self.stopped:
             return
         began = time.time()
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """The runner of experiments: what it runs, what it leaves alone, what it collects."""
 
 import csv
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -135,8 +137,32 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     with (tmp_path / "out.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert len(found) == 3 * 7
-    finish_again = tmp_path / "multi30k" / "near-seed2"
-    assert "Training with self_kd" in (finish_again / "train.out").read_text()
+    assert "Training with self_kd" in (runs[3].folder / "train.out").read_text()
+    shutil.rmtree(runs[3].folder)
+    finish(runs[3])
+    done = results(tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "4 of 4 runs are complete" in done.stdout
+
+
+def test_ctrl_c_stops_what_runs(tmp_path):
+    prepare(tmp_path)
+    arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "results", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if "training, log" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "Interrupted. The same command goes on from here." in printed
+    assert "training, log" not in printed  # no other run was begun
 
 
 def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
