@@ -58,8 +58,9 @@ class Runner:
     def run(self) -> str:
         """Run all, and return what went wrong: the first failure and Ctrl-C stop the others."""
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self._one, n, run) for n, run in enumerate(self.runs, start=1)]
             try:
+                numbered = enumerate(self.runs, start=1)
+                futures = [pool.submit(self._one, n, run) for n, run in numbered]
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
             except KeyboardInterrupt:
@@ -102,6 +103,7 @@ class Runner:
         status = process.wait()
         with self.lock:
             self.processes.remove(process.pid)
+            self.stopped = self.stopped or status != 0  # nothing else is begun
         if status != 0:
             tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
             raise RunError(f"{shlex.join(command)} failed; the end of {output}:\n{tail}")
