@@ -262,7 +262,7 @@ binarise() {
 # wikitext NAME SHA256 TRAIN VALID TEST: get NAME-v1.zip, or the texts in --raw, into $OUT/text. The
 # last three are the sha1 of wiki.train.tokens and so on.
 wikitext() {
-    local name=$1 part
+    local name=$1
     if [ -z "$LOCAL" ] || { [ ! -f "$RAW/wiki.train.tokens" ] && [ ! -f "$RAW/wiki.train.tokens.gz" ]; }; then
         # The second address is the first publication's, and closed by now; the first is its author's.
         fetch "$name-v1.zip" - "$2" "https://wikitext.smerity.com/$name-v1.zip" \
@@ -453,7 +453,7 @@ train() {
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-# average COUNT PATTERN: sets CHECKPOINT to the mean of the last COUNT checkpoints of the run whose
+# average COUNT [PATTERN]: sets CHECKPOINT to the mean of the last COUNT checkpoints of the run whose
 # names match the pattern, or to the best one if COUNT is 0.
 average() {
     local files

@@ -6,6 +6,7 @@ What is run is declared in ``experiments.yaml``. A run is a recipe's ``train.sh`
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import shlex
 import signal
@@ -26,18 +27,18 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where prepared data is")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results.csv")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; allowed: 1 or more")
     try:
-        runs = read(args.plan, args.out.resolve(), args.only)
+        runs = read(args.plan, args.out.resolve())
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results: {error}")
     failure = Runner(runs, args.jobs).run()
     found = [run for run in runs if collect.complete(run)]
-    collect.write([row for run in found for row in collect.rows(run)], args.csv)
+    if found:
+        collect.write([row for run in found for row in collect.rows(run)], args.csv)
     print(f"{len(found)} of {len(runs)} runs are complete; their figures are in {args.csv}")
     if failure:
         sys.exit(failure)
@@ -112,7 +113,8 @@ class Runner:
         with self.lock:
             self.stopped = True
             for process in self.processes:
-                os.killpg(process, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.killpg(process, signal.SIGTERM)
 
 
 class RunError(Exception):

@@ -92,11 +92,11 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
 
 
 def write(found: List[Row], path: Path) -> None:
-    """Write rows as CSV, whole or not at all."""
+    """Write rows, at least one, as CSV, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]) if found else ["task"], lineterminator="\n")
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     partial.replace(path)

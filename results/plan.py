@@ -55,7 +55,7 @@ class Run:
         return [self.criterion, *name]
 
 
-def read(path: Path, out: Path, only: Sequence[str] = ()) -> List[Run]:
+def read(path: Path, out: Path) -> List[Run]:
     """Read a declaration.
 
     Parameters
@@ -64,8 +64,6 @@ def read(path: Path, out: Path, only: Sequence[str] = ()) -> List[Run]:
         A YAML file with ``tasks``, ``arms`` and ``experiments``; ``experiments.yaml`` is one.
     out : Path
         Holds one folder of prepared data for each recipe, with the recipe's name.
-    only : sequence of str
-        Arms to keep; none means all.
 
     Returns
     -------
@@ -79,7 +77,6 @@ def read(path: Path, out: Path, only: Sequence[str] = ()) -> List[Run]:
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
     tasks, arms = declared["tasks"], declared["arms"]
-    _check(path, "arm", only, arms)
     runs = []
     for experiment in declared["experiments"]:
         name = experiment["task"]
@@ -91,11 +88,10 @@ def read(path: Path, out: Path, only: Sequence[str] = ()) -> List[Run]:
             raise PlanError(f"{folder} holds no data; first:  {recipe}/prepare.sh --out {folder}")
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
-                if not only or arm in only:
-                    options = [*tasks[name].get("options", []), *arms[arm].get("options", [])]
-                    texts = [str(option) for option in options]
-                    criterion = arms[arm]["criterion"]
-                    runs.append(Run(name, arm, seed, recipe, folder, criterion, texts))
+                options = [*tasks[name].get("options", []), *arms[arm].get("options", [])]
+                texts = [str(option) for option in options]
+                criterion = arms[arm]["criterion"]
+                runs.append(Run(name, arm, seed, recipe, folder, criterion, texts))
     return runs
 
 

@@ -6,6 +6,7 @@ test of BLEU (sacrebleu's) against the first arm of the experiment, which is its
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
@@ -13,7 +14,7 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 
 from results import collect
-from results.plan import ROOT, Run, read
+from results.plan import ROOT, PlanError, Run, read
 
 SAMPLES = 1000
 
@@ -24,7 +25,12 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where prepared data is")
     args = parser.parse_args()
-    runs = [run for run in read(args.plan, args.out.resolve()) if collect.complete(run)]
+    try:
+        runs = [run for run in read(args.plan, args.out.resolve()) if collect.complete(run)]
+    except (PlanError, OSError) as error:
+        sys.exit(f"python -m results.report: {error}")
+    if not runs:
+        sys.exit("python -m results.report: no run is complete yet; first:  python -m results")
     for task in dict.fromkeys(run.task for run in runs):
         print(f"## {task}\n")
         of_task = [run for run in runs if run.task == task]

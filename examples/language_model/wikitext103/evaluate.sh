@@ -10,5 +10,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
 need fairseq-eval-lm
-average 0 ""
+average 0
 perplexity 512 400 --batch-size 2

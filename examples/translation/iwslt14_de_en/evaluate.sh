@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
 need fairseq-generate sacremoses sacrebleu
-average 0 ""
+average 0
 translate test test de en --beam 5
 # The model writes lower case, so case does not count.
 score test "IWSLT14 test, de-en" "$OUT/text/test.en" "$OUT/tokens/test.en" -lc --chrf-lowercase
