@@ -35,6 +35,8 @@ def main() -> None:
         runs = read(args.plan, args.out.resolve())
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results: {error}")
+    # `kill`, too, must not leave trainings behind; in the background there is no Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failure = Runner(runs, args.jobs).run()
     found = [run for run in runs if collect.complete(run)]
     if found:
@@ -57,7 +59,7 @@ class Runner:
         self.stopped = False
 
     def run(self) -> str:
-        """Run all, and return what went wrong: the first failure and Ctrl-C stop the others."""
+        """Run all, and return what went wrong: the first failure, Ctrl-C or kill stops all."""
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             try:
                 numbered = enumerate(self.runs, start=1)

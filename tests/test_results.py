@@ -142,7 +142,8 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "4 of 4 runs are complete" in done.stdout
 
 
-def test_ctrl_c_stops_what_runs(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_an_interruption_stops_what_runs(number, tmp_path):
     prepare(tmp_path)
     arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
     with subprocess.Popen(
@@ -151,15 +152,19 @@ def test_ctrl_c_stops_what_runs(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Tests in the background of a script are told to ignore it, and so would be this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for line in process.stdout:
             if "training, log" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         printed = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "Interrupted. The same command goes on from here." in printed
     assert "training, log" not in printed  # no other run was begun
+    found = subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert found.stdout == ""  # none was left behind
 
 
 def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
