@@ -31,7 +31,7 @@ CHECKPOINTS=(--no-epoch-checkpoints --save-interval-updates 1000 --keep-interval
 if [ -n "$SMOKE" ]; then
     MODEL+=(
         --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32
-        --decoder-attention-heads 4
+        --decoder-input-dim 32 --decoder-output-dim 32 --decoder-attention-heads 4
     )
     OPTIMISATION+=(--max-update 2)
 fi

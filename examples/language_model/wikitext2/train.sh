@@ -21,9 +21,11 @@ train_options "$@"
 devices 1
 criterion_options 0.0 1 \
     --self-kd-start-update 1000 --self-kd-ramp-updates 1000 --self-kd-refresh-interval 1000
+# Without the second and third width the table of words stays 512 wide.
 MODEL=(
     --arch transformer_lm --share-decoder-input-output-embed --decoder-layers 2
-    --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --dropout 0.1
+    --decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128
+    --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 --dropout 0.1
 )
 OPTIMISATION=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01 --clip-norm 1.0
@@ -33,6 +35,7 @@ OPTIMISATION=(
 CHECKPOINTS=(--no-epoch-checkpoints --save-interval-updates 1000 --keep-interval-updates 1)
 if [ -n "$SMOKE" ]; then
     MODEL+=(--decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 32)
+    MODEL+=(--decoder-input-dim 32 --decoder-output-dim 32)
     OPTIMISATION+=(--max-update 4)
 fi
 train --task language_modeling "${MODEL[@]}" "${OPTIMISATION[@]}" "${CHECKPOINTS[@]}"
