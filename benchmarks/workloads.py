@@ -103,6 +103,8 @@ def _model_arguments(shape: Shape) -> List[str]:
     if shape.language_model:
         dims += ["--task", "language_modeling", "--arch", "transformer_lm"]
         dims += ["--tokens-per-sample", 256, "--share-decoder-input-output-embed"]
+        # Without these the table stays 512 wide.
+        dims += ["--decoder-input-dim", shape.dim, "--decoder-output-dim", shape.dim]
     else:
         dims += ["--arch", "transformer", "--encoder-embed-dim", shape.dim]
         dims += ["--encoder-ffn-embed-dim", shape.ffn, "--encoder-layers", shape.layers]
