@@ -309,10 +309,10 @@ binarise_text() {  # FOLDER: fairseq-preprocess of one language, every word that
 
 # ---- Training ------------------------------------------------------------------------------------
 
-# train_options CRITERION [OPTIONS]: sets CRITERION, OUT, SMOKE, SEED, RUN, PRECISION, JOINED, BIG; the
-# rest, for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
+# train_options CRITERION [OPTIONS]: sets CRITERION, OUT, SMOKE, SEED, RUN, PRECISION, JOINED, BIG,
+# VALID; the rest, for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
 train_options() {
-    SMOKE="" OUT="" SEED=1 NAME="" PRECISION=auto JOINED="" BIG="" EXTRA=() OWN=("${@:1:1}")
+    SMOKE="" OUT="" SEED=1 NAME="" PRECISION=auto JOINED="" BIG="" VALID="" EXTRA=() OWN=("${@:1:1}")
     [ $# -gt 0 ] || help
     case " $* " in *" -h "* | *" --help "*) help ;; esac
     CRITERION=$1
@@ -330,6 +330,7 @@ train_options() {
             --smoke) SMOKE=yes OWN+=("$1") && shift ;;
             --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
             --big) offered "$1" && BIG=-big OWN+=("$1") && shift ;;
+            --valid) offered "$1" && VALID=yes && shift ;;
             --save-dir) stop "$1 is set by the recipe; --out DIR and --name NAME choose the folder" ;;
             --distributed-world-size)
                 stop "$1 is set by the recipe; CUDA_VISIBLE_DEVICES and torchrun choose the GPUs" ;;
@@ -501,14 +502,16 @@ score() {
     sacrebleu "$tokens" -i "$result.tok" -m bleu --tokenize none --force -f text
 }
 
-# perplexity TOKENS_PER_SAMPLE CONTEXT_WINDOW OPTIONS...: of validation and test text under $CHECKPOINT.
+# perplexity TOKENS_PER_SAMPLE CONTEXT_WINDOW OPTIONS...: of validation and, but for --valid, test text
+# under $CHECKPOINT.
 perplexity() {
-    local tokens=$1 context=$2 part found i
+    local tokens=$1 context=$2 parts=(valid test) part found i
     shift 2
+    [ -z "$VALID" ] || parts=(valid)
     for i in "${!EXTRA[@]}"; do
         [ "${EXTRA[i]}" != --context-window ] || context=${EXTRA[i + 1]}
     done
-    for part in valid test; do
+    for part in "${parts[@]}"; do
         say "Perplexity of the $part text"
         run fairseq-eval-lm "$DATA" --user-dir "$ROOT/fairseq_skd" --path "$CHECKPOINT" \
             --gen-subset "$part" --tokens-per-sample "$tokens" --context-window "$context" \

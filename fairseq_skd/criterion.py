@@ -113,6 +113,9 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         If an option is not allowed.
     """
 
+    #: What makes the soft targets; a subclass may have another teacher.
+    teacher_class = SelfTeacher
+
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(
             task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy
@@ -306,7 +309,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 else ""
             )
         )
-        return SelfTeacher(
+        return self.teacher_class(
             candidates=options.candidates,
             top_k=options.top_k,
             similarity=options.similarity,

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import List, Set
 
-from results import collect
+from results import calibration, collect
 from results.plan import ROOT, PlanError, Run, read
 
 
@@ -52,8 +52,8 @@ class Runner:
     def __init__(self, runs: List[Run], jobs: int) -> None:
         self.runs = runs
         self.jobs = jobs
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         self.lock = threading.Lock()
         self.processes: Set[int] = set()
         self.stopped = False
@@ -75,7 +75,8 @@ class Runner:
         return ""
 
     def _one(self, number: int, run: Run) -> None:
-        title = f"[{number}/{len(self.runs)}] {run.task}, {run.arm}, seed {run.seed}"
+        which = f"{run.experiment}, {run.task}, {run.arm}, seed {run.seed}"
+        title = f"[{number}/{len(self.runs)}] {which}"
         if collect.complete(run):
             print(f"{title}: complete already", flush=True)
             return
@@ -83,22 +84,30 @@ class Runner:
             return
         began = time.time()
         run.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{title}: training, log {run.folder}/train.log", flush=True)
-        self._command(run.train, run.folder / "train.out")
-        partial = run.folder / f"{collect.EVALUATION}.partial"
-        self._command(run.evaluate, partial)
-        partial.replace(run.folder / collect.EVALUATION)
+        collect.began(run, self.threads)
+        if not (run.folder / "done").exists():
+            print(f"{title}: training, log {run.folder}/train.log", flush=True)
+            try:
+                self._command(run.train, run.folder / "train.out", "wb")
+            finally:
+                collect.trained_for(run, (time.time() - began) / 60)
+        print(f"{title}: evaluation on {run.text}", flush=True)
+        partial = run.evaluation.with_suffix(".partial")
+        self._command(run.evaluate, partial, "wb")
+        self._command(calibration.command(run), partial, "ab")
+        partial.replace(run.evaluation)
         figures = ", ".join(f"{row['measure']} {row['value']}" for row in collect.rows(run))
         print(f"{title}: {figures}; {(time.time() - began) / 60:.1f} minutes", flush=True)
 
-    def _command(self, command: List[str], output: Path) -> None:
-        with output.open("wb") as file, self.lock:
+    def _command(self, command: List[str], output: Path, mode: str) -> None:
+        with output.open(mode) as file, self.lock:
             if self.stopped:
                 raise RunError("stopped")
             process = subprocess.Popen(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                cwd=ROOT,
                 env=self.environment,
                 start_new_session=True,  # a group of its own, which can be stopped as a whole
             )

@@ -1,12 +1,14 @@
 """The figures of a run, read from the log of its training and the output of its evaluation."""
 
 import csv
+import json
+import os
 import platform
 import re
 import shlex
 import statistics
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import sacrebleu
 import torch
@@ -15,46 +17,83 @@ from fairseq import __version__ as fairseq_version
 from fairseq_skd import __version__
 from results.plan import ROOT, Run
 
-EVALUATION = "evaluation.txt"
 Row = Dict[str, Union[str, int, float]]
 
 # What sacrebleu prints in one line: name and signature, score, and for BLEU what follows it.
 _SCORE = re.compile(r"^ *((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio = ([\d.]+))?")
 _PERPLEXITY = re.compile(r"^(valid|test): perplexity ([\d.]+) a word .* at least (\d+) words")
+# What `results.calibration` prints.
+_CALIBRATION = re.compile(r"^calibration on (\w+): (.*)$")
 
 
 def complete(run: Run) -> bool:
     """Whether a run is trained and scored."""
-    return (run.folder / "done").exists() and (run.folder / EVALUATION).exists()
+    return (run.folder / "done").exists() and run.evaluation.exists()
+
+
+def began(run: Run, threads: int) -> None:
+    """Note under which conditions a run is trained, unless that is noted already."""
+    path = run.folder / "conditions.json"
+    if not path.exists():
+        conditions = {
+            "fairseq_skd": __version__,
+            "fairseq": fairseq_version,
+            "torch": torch.__version__,
+            "sacrebleu": sacrebleu.__version__,
+            "python": platform.python_version(),
+            "device": _device(threads),
+            "training_minutes": 0.0,
+        }
+        path.write_text(json.dumps(conditions))
+
+
+def trained_for(run: Run, minutes: float) -> None:
+    """Add to the time that a run has taken; an interrupted one is trained in several parts."""
+    path = run.folder / "conditions.json"
+    conditions = json.loads(path.read_text())
+    conditions["training_minutes"] = round(conditions["training_minutes"] + minutes, 2)
+    path.write_text(json.dumps(conditions))
+
+
+def _device(threads: int) -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {threads} of {os.cpu_count()} cores"
 
 
 def rows(run: Run) -> List[Row]:
     """Return a row for each figure of a complete run, each with all that repeats it."""
-    conditions = {
-        "command": shlex.join([_short(argument) for argument in run.train]),
-        "fairseq_skd": __version__,
-        "fairseq": fairseq_version,
-        "torch": torch.__version__,
-        "sacrebleu": sacrebleu.__version__,
-        "python": platform.python_version(),
-    }
-    which: Row = {"task": run.task, "arm": run.arm, "seed": run.seed}
-    log = (run.folder / "train.log").read_text(encoding="utf-8")
-    evaluation = (run.folder / EVALUATION).read_text(encoding="utf-8")
-    figures = [*_training(log), *scores(evaluation)]
+    conditions: Dict[str, Any] = json.loads((run.folder / "conditions.json").read_text())
+    conditions["command"] = shlex.join([_short(argument) for argument in run.train])
+    which: Row = {"experiment": run.experiment, "task": run.task, "arm": run.arm, "seed": run.seed}
+    evaluation = run.evaluation.read_text(encoding="utf-8")
+    figures = [*_training(log(run)), *scores(evaluation)]
     return [
         {**which, "measure": measure, "value": value, "signature": signature, **conditions}
         for measure, value, signature in figures
     ]
 
 
+def log(run: Run) -> str:
+    """Return the log of a training."""
+    return (run.folder / "train.log").read_text(encoding="utf-8")
+
+
+def curve(log: str) -> List[Tuple[int, float]]:
+    """Return the validation perplexity after so many updates, as often as it was measured."""
+    valid = [_fields(line) for line in log.splitlines() if " | valid | " in line]
+    return [(int(fields["num_updates"]), fields["ppl"]) for fields in valid]
+
+
 def _training(log: str) -> Iterator[Tuple[str, float, str]]:
     """Yield validation figures at the lowest perplexity, and what an update takes."""
-    valid = [_fields(line) for line in log.splitlines() if " | valid | " in line]
-    best = min(valid, key=lambda fields: fields["ppl"])
-    yield "validation perplexity", best["ppl"], ""
-    yield "updates to it", best["num_updates"], ""
-    yield "updates", valid[-1]["num_updates"], ""
+    valid = curve(log)
+    updates, best = min(valid, key=lambda point: point[1])
+    yield "validation perplexity", best, ""
+    yield "updates to it", updates, ""
+    yield "updates", valid[-1][0], ""
     # train_wall: seconds since the line before, without validation and saving.
     inner = [_fields(line) for line in log.splitlines() if " | train_inner | " in line]
     done = [0.0, *(fields["num_updates"] for fields in inner)]
@@ -74,7 +113,7 @@ def _fields(line: str) -> Dict[str, float]:
 
 
 def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
-    """Yield the scores of detokenised text, and perplexities with their context."""
+    """Yield the scores of detokenised text, perplexities with their context, and calibration."""
     data: Optional[str] = None
     for line in evaluation.splitlines():
         if ", detokenised text" in line:
@@ -82,6 +121,7 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
         elif ", tokenised text" in line:
             data = None
         score, perplexity = _SCORE.match(line), _PERPLEXITY.match(line)
+        calibration = _CALIBRATION.match(line)
         if score and data:
             yield f"{data} {score[2]}", float(score[3]), score[1]
             if score[4]:
@@ -89,6 +129,10 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
         elif perplexity:
             signature = f"context:{perplexity[3]}"
             yield f"{perplexity[1]} perplexity", float(perplexity[2]), signature
+        elif calibration:
+            for part in calibration[2].split(", "):
+                name, value = part.rsplit(" ", 1)
+                yield f"{calibration[1]} {name}", float(value), ""
 
 
 def write(found: List[Row], path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ("valid", "test")
 
 
 class PlanError(Exception):
@@ -19,17 +20,25 @@ class Run:
 
     Attributes
     ----------
+    experiment, task, arm : str
+        Their names in the declaration.
+    text : {"valid", "test"}
+        What the trained model is scored on.
     recipe : Path
         The folder of the recipe's scripts.
     out : Path
         The folder of its data, in which the run gets one of its own.
+    criterion : str
+        Of ``train.sh``.
     options : sequence of str
         For fairseq-train.
     """
 
+    experiment: str
     task: str
     arm: str
     seed: int
+    text: str
     recipe: Path
     out: Path
     criterion: str
@@ -37,8 +46,13 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the recipe keeps what it trains."""
-        return self.out / f"{self.arm}-seed{self.seed}"
+        """Where the recipe keeps what it trains; experiments share it."""
+        return self.out / f"{self.task}-{self.arm}-seed{self.seed}"
+
+    @property
+    def evaluation(self) -> Path:
+        """What evaluation has printed."""
+        return self.folder / f"evaluation-{self.text}.txt"
 
     @property
     def train(self) -> List[str]:
@@ -48,7 +62,8 @@ class Run:
     @property
     def evaluate(self) -> List[str]:
         """The command that scores."""
-        return [str(self.recipe / "evaluate.sh"), *self._which()]
+        only_valid = ["--valid"] if self.text == "valid" else []
+        return [str(self.recipe / "evaluate.sh"), *self._which(), *only_valid]
 
     def _which(self) -> List[str]:
         name = ["--out", str(self.out), "--name", self.folder.name, "--seed", str(self.seed)]
@@ -61,7 +76,8 @@ def read(path: Path, out: Path) -> List[Run]:
     Parameters
     ----------
     path : Path
-        A YAML file with ``tasks``, ``arms`` and ``experiments``; ``experiments.yaml`` is one.
+        A YAML file with ``tasks``, ``arms`` and ``experiments``; ``experiments.yaml`` is one, and
+        says what they mean.
     out : Path
         Holds one folder of prepared data for each recipe, with the recipe's name.
 
@@ -73,26 +89,53 @@ def read(path: Path, out: Path) -> List[Run]:
     Raises
     ------
     PlanError
-        If a task or an arm is not declared, or a recipe's data is not prepared.
+        If a name is not declared, a recipe's data is not prepared, or two runs of a name are not
+        the same.
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
     tasks, arms = declared["tasks"], declared["arms"]
-    runs = []
+    runs: List[Run] = []
+    trained: Dict[Path, List[str]] = {}
     for experiment in declared["experiments"]:
         name = experiment["task"]
         _check(path, "task", [name], tasks)
         _check(path, "arm", experiment["arms"], arms)
+        _check(path, "text", [experiment["text"]], TEXTS)
         recipe = ROOT / "examples" / tasks[name]["recipe"]
         folder = out / recipe.name
         if not (folder / "data").is_dir():
             raise PlanError(f"{folder} holds no data; first:  {recipe}/prepare.sh --out {folder}")
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
-                options = [*tasks[name].get("options", []), *arms[arm].get("options", [])]
-                texts = [str(option) for option in options]
                 criterion = arms[arm]["criterion"]
-                runs.append(Run(name, arm, seed, recipe, folder, criterion, texts))
+                options = [
+                    *tasks[name].get("options", []),
+                    *(tasks[name].get("self_kd", []) if criterion == "self_kd" else []),
+                    *arms[arm].get("options", []),
+                ]
+                run = Run(
+                    experiment=experiment["name"],
+                    task=name,
+                    arm=arm,
+                    seed=seed,
+                    text=experiment["text"],
+                    recipe=recipe,
+                    out=folder,
+                    criterion=criterion,
+                    options=[_placed(str(option), folder, seed) for option in options],
+                )
+                if trained.setdefault(run.folder, run.train) != run.train:
+                    raise PlanError(
+                        f"{path}: two experiments train {run.folder.name} with other options"
+                    )
+                runs.append(run)
     return runs
+
+
+def _placed(option: str, out: Path, seed: int) -> str:
+    for name, value in (("{root}", ROOT), ("{out}", out), ("{seed}", seed)):
+        option = option.replace(name, str(value))
+    return option
 
 
 def _check(path: Path, kind: str, names: Sequence[str], declared: Any) -> None:

@@ -1,14 +1,15 @@
 """Tables of the results, as Markdown: ``python -m results.report``.
 
-The mean and the standard deviation over seeds of every figure, and for each seed a paired bootstrap
-test of BLEU (sacrebleu's) against the first arm of the experiment, which is its baseline.
+For every experiment the mean and the standard deviation over seeds of every figure. What was
+translated is also tested, seed by seed, against the first arm of the experiment, its baseline: the
+difference of BLEU and chrF2 and the p of sacrebleu's paired bootstrap (Koehn 2004).
 """
 
 import argparse
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 import sacrebleu
 from sacrebleu.significance import PairedTest
@@ -17,6 +18,8 @@ from results import collect
 from results.plan import ROOT, PlanError, Run, read
 
 SAMPLES = 1000
+TRAINING = "training"
+REACHED = "minutes of updates to the baseline's best"
 
 
 def main() -> None:
@@ -31,62 +34,82 @@ def main() -> None:
         sys.exit(f"python -m results.report: {error}")
     if not runs:
         sys.exit("python -m results.report: no run is complete yet; first:  python -m results")
-    for task in dict.fromkeys(run.task for run in runs):
-        print(f"## {task}\n")
-        of_task = [run for run in runs if run.task == task]
-        print(means(of_task))
-        test_sets = sorted(path.stem for path in of_task[0].folder.glob("*.ref"))
-        for name in test_sets:
-            print(f"\nBLEU on {name}, seed by seed: difference to {of_task[0].arm} (p)\n")
-            print(significance(of_task, name))
-        print()
+    for experiment in dict.fromkeys(run.experiment for run in runs):
+        print("\n".join(tables([run for run in runs if run.experiment == experiment])))
 
 
-def means(runs: Sequence[Run]) -> str:
-    """Return one row an arm: mean, standard deviation over seeds where there are several."""
+def tables(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the tables of one experiment, each below the name of what it is about."""
+    yield f"## {runs[0].experiment}: {runs[0].task}\n"
+    values = _values(runs)
+    measures = list(dict.fromkeys(name for figures in values.values() for name in figures))
+    for group in dict.fromkeys(_group(name) for name in measures):
+        names = [name for name in measures if _group(name) == group]
+        heads = [name if group == TRAINING else name[len(group) + 1 :] for name in names]
+        lines = [["arm", "seeds", *heads]]
+        for arm, figures in values.items():
+            seeds = str(len({run.seed for run in runs if run.arm == arm}))
+            lines.append([arm, seeds, *(_mean(figures.get(name, [])) for name in names)])
+        yield f"{group}\n\n{_table(lines)}\n"
+        if (runs[0].folder / f"{group}.ref").exists():
+            yield f"{group}, difference to {runs[0].arm} (p)\n\n{significance(runs, group)}\n"
+
+
+def _group(measure: str) -> str:
+    group = measure.split()[0]
+    return TRAINING if group in ("validation", "updates", "seconds", "minutes") else group
+
+
+def _values(runs: Sequence[Run]) -> Dict[str, Dict[str, List[float]]]:
+    """Return the figures of all seeds, by arm and measure."""
     values: Dict[str, Dict[str, List[float]]] = {}
     for run in runs:
-        for row in collect.rows(run):
-            arm = values.setdefault(run.arm, {})
-            arm.setdefault(str(row["measure"]), []).append(float(row["value"]))
-    measures = list(next(iter(values.values())))
-    lines = [["arm", "seeds", *measures]]
-    for arm, figures in values.items():
-        seeds = max(len(found) for found in figures.values())
-        lines.append([arm, str(seeds), *(_mean(figures.get(name, [])) for name in measures)])
-    return _table(lines)
+        figures = {str(row["measure"]): float(row["value"]) for row in collect.rows(run)}
+        baseline = [other for other in runs if (other.arm, other.seed) == (runs[0].arm, run.seed)]
+        if baseline and "seconds an update" in figures:
+            updates = updates_to(
+                run, min(ppl for _, ppl in collect.curve(collect.log(baseline[0])))
+            )
+            if updates is not None:
+                figures[REACHED] = updates * figures["seconds an update"] / 60
+        for name, value in figures.items():
+            values.setdefault(run.arm, {}).setdefault(name, []).append(value)
+    return values
 
 
-def significance(runs: Sequence[Run], name: str) -> str:
-    """Return one row an arm: for each seed the difference of BLEU to the first arm, and its p.
+def updates_to(run: Run, perplexity: float) -> Optional[int]:
+    """Return after how many updates a validation perplexity was reached, None if it never was."""
+    reached = (updates for updates, ppl in collect.curve(collect.log(run)) if ppl <= perplexity)
+    return next(reached, None)
 
-    Paired bootstrap resampling (Koehn 2004) of the test set ``name``, as sacrebleu does it.
-    """
+
+def significance(runs: Sequence[Run], text: str) -> str:
+    """Return one row an arm: for each seed the differences to the first arm, and their p."""
     baseline = runs[0].arm
     seeds = sorted({run.seed for run in runs})
-    lines = [["arm", *(f"seed {seed}" for seed in seeds)]]
+    metrics = ("BLEU", "chrF2")
+    lines = [["arm", *(f"{metric}, seed {seed}" for seed in seeds for metric in metrics)]]
     for arm in dict.fromkeys(run.arm for run in runs if run.arm != baseline):
-        cells = []
+        cells: List[str] = []
         for seed in seeds:
             pair = [run for run in runs if run.seed == seed and run.arm in (baseline, arm)]
             pair.sort(key=lambda run: run.arm != baseline)
-            cells.append(_difference(pair, name) if len(pair) == 2 else "")
+            cells += _differences(pair, text) if len(pair) == 2 else [""] * len(metrics)
         lines.append([arm, *cells])
     return _table(lines)
 
 
-def _difference(pair: Sequence[Run], name: str) -> str:
-    systems = [(run.arm, _lines(run.folder / f"{name}.txt")) for run in pair]
-    lower = "case:lc" in (pair[0].folder / collect.EVALUATION).read_text(encoding="utf-8")
-    test = PairedTest(
-        systems,
-        {"BLEU": sacrebleu.BLEU(lowercase=lower)},
-        [_lines(pair[0].folder / f"{name}.ref")],
-        test_type="bs",
-        n_samples=SAMPLES,
-    )
-    baseline, other = test()[1]["BLEU"]
-    return f"{other.score - baseline.score:+.1f} (p = {other.p_value:.3f})"
+def _differences(pair: Sequence[Run], text: str) -> List[str]:
+    systems = [(run.arm, _lines(run.folder / f"{text}.txt")) for run in pair]
+    lower = "case:lc" in pair[0].evaluation.read_text(encoding="utf-8")
+    metrics = {"BLEU": sacrebleu.BLEU(lowercase=lower), "chrF2": sacrebleu.CHRF(lowercase=lower)}
+    references = [_lines(pair[0].folder / f"{text}.ref")]
+    test = PairedTest(systems, metrics, references, test_type="bs", n_samples=SAMPLES)
+    found = test()[1]
+    return [
+        f"{other.score - baseline.score:+.1f} (p = {other.p_value:.3f})"
+        for baseline, other in (found[metric] for metric in metrics)
+    ]
 
 
 def _lines(path: Path) -> List[str]:

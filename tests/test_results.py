@@ -1,23 +1,30 @@
 """The runner of experiments: what it runs, what it leaves alone, what it collects."""
 
 import csv
+import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from results import collect, plan, report
+from results import calibration, collect, plan, report
 from tests.conftest import ROOT
 
 PLAN = """
-tasks: {translate: {recipe: translation/multi30k, options: [--lr, 0.5]}}
+tasks:
+  translate:
+    recipe: translation/multi30k
+    options: [--lr, 0.5]
+    self_kd: [--self-kd-start-update, 7]
 arms:
   plain: {criterion: label_smoothed_cross_entropy}
-  near: {criterion: self_kd, options: [--self-kd-top-k, 3]}
+  near: {criterion: self_kd, options: [--self-kd-top-k, 3, "{root}/{out}", "of{seed}"]}
 experiments:
-  - {task: translate, seeds: [1, 2], arms: [plain, near]}
+  - {name: first, task: translate, text: test, seeds: [1, 2], arms: [plain, near]}
 """
 INNER = (
     "2026-01-01 00:00:00 | INFO | train_inner | epoch 001:  {n} / 9 loss=3, ppl=8, num_updates={n},"
@@ -31,6 +38,7 @@ test2016, en-de, detokenised text (the figure to quote, with its signature):
 chrF2|nrefs:1|case:lc|version:2.6.0 = 60.2
 test2016, en-de, tokenised text (as papers of this task quote it; not comparable with the above):
 BLEU|nrefs:1|tok:none|version:2.6.0 = 37.5 69/45/31/23 (BP = 0.960 ratio = 0.961 hyp_len = 9)
+calibration on test: words 90, accuracy 0.6100, ECE 0.0250, nll of its own choices 0.5000
 """
 
 
@@ -49,7 +57,8 @@ def finish(run):
     ]
     log += [INNER.format(n=300, wall=300), VALID.format(ppl=6, n=360)]
     (run.folder / "train.log").write_text("\n".join(log) + "\n")
-    (run.folder / collect.EVALUATION).write_text(EVALUATION)
+    run.evaluation.write_text(EVALUATION)
+    collect.began(run, threads=1)
     (run.folder / "done").touch()
 
 
@@ -61,10 +70,21 @@ def test_a_plan_is_read_seed_by_seed(tmp_path):
     ]
     assert runs[1].train == [
         *(str(ROOT / "examples/translation/multi30k/train.sh"), "self_kd"),
-        *("--out", str(tmp_path / "multi30k"), "--name", "near-seed1", "--seed", "1"),
-        *("--lr", "0.5", "--self-kd-top-k", "3"),
+        *("--out", str(tmp_path / "multi30k"), "--name", "translate-near-seed1", "--seed", "1"),
+        *("--lr", "0.5", "--self-kd-start-update", "7", "--self-kd-top-k", "3"),
+        *(f"{ROOT}/{tmp_path}/multi30k", "of1"),
     ]
+    assert runs[0].train[8:] == ["--lr", "0.5"]
     assert runs[1].evaluate[1:] == runs[1].train[1:8]
+
+
+def test_an_experiment_on_validation_text_leaves_the_test_text_alone(tmp_path):
+    text = PLAN + "  - {name: second, task: translate, text: valid, seeds: [1], arms: [near]}\n"
+    runs = plan.read(prepare(tmp_path, text), tmp_path)
+    assert runs[-1].evaluate == [*runs[1].evaluate, "--valid"]
+    assert runs[-1].train == runs[1].train
+    finish(runs[1])
+    assert not collect.complete(runs[-1])  # trained, and not yet scored on that text
 
 
 @pytest.mark.parametrize(
@@ -72,6 +92,7 @@ def test_a_plan_is_read_seed_by_seed(tmp_path):
     [
         (PLAN.replace("[plain, near]", "[plain, far]"), "the arm is far; allowed: plain, near"),
         (PLAN.replace("task: translate", "task: talk"), "the task is talk; allowed: translate"),
+        (PLAN.replace("text: test", "text: train"), "the text is train; allowed: valid, test"),
         (PLAN.replace("translation/multi30k", "translation/other"), "other holds no data; first:"),
     ],
 )
@@ -85,8 +106,7 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
     for recipe in ("multi30k", "wikitext2"):
         (tmp_path / recipe / "data").mkdir(parents=True)
     runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
-    assert len({run.folder for run in runs}) == len(runs)
-    assert {run.seed for run in runs} == {1, 2, 3}
+    assert {run.seed for run in runs if run.text == "test"} == {1, 2, 3}
 
 
 def test_figures_are_those_of_log_and_evaluation(tmp_path):
@@ -99,12 +119,43 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
         **{"validation perplexity": 5.25, "updates to it": 240, "updates": 360},
         **{"seconds an update": 1.0},  # the median of 50 / 100 and 300 / 200
         **{"test2016 BLEU": 36.4, "test2016 length ratio": 0.959, "test2016 chrF2": 60.2},
+        **{"test words": 90, "test accuracy": 0.61, "test ECE": 0.025},
+        "test nll of its own choices": 0.5,
     }
     (bleu,) = [row for row in rows if row["measure"] == "test2016 BLEU"]
     assert bleu["signature"] == "BLEU|nrefs:1|case:lc|version:2.6.0"
     assert bleu["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
+    assert bleu["torch"] == torch.__version__
+    assert "1 of " in bleu["device"]
     line = "valid: perplexity 120.50 a word (6.91 bits), each word with at least 96 words before it"
     assert list(collect.scores(line)) == [("valid perplexity", 120.5, "context:96")]
+
+
+def test_conditions_are_those_of_the_first_part_and_minutes_those_of_all(tmp_path):
+    run = plan.read(prepare(tmp_path), tmp_path)[0]
+    finish(run)
+    collect.trained_for(run, 2.5)
+    noted = json.loads((run.folder / "conditions.json").read_text())
+    (run.folder / "conditions.json").write_text(json.dumps({**noted, "torch": "older"}))
+    collect.began(run, threads=2)
+    collect.trained_for(run, 1.25)
+    assert {row["training_minutes"] for row in collect.rows(run)} == {3.75}
+    assert {row["torch"] for row in collect.rows(run)} == {"older"}
+
+
+def test_calibration_is_that_of_its_definition():
+    # Two bins: choices made with 0.9 are right in 2 of 4 cases, one made with 0.2 is wrong.
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.2])
+    right = torch.tensor([True, True, False, False, False])
+    found = calibration.calibration(confidence, right, torch.tensor([1.0, 2, 3, 4, 5]))
+    assert found.words == 5
+    assert found.accuracy == pytest.approx(0.4)
+    assert found.confidence == pytest.approx(0.76)
+    assert found.ece == pytest.approx((4 * abs(0.5 - 0.9) + 0.2) / 5)
+    assert found.nll == pytest.approx(3)
+    assert found.own_nll == pytest.approx(-(4 * math.log(0.9) + math.log(0.2)) / 5)
+    certain = calibration.calibration(torch.ones(3), torch.ones(3).bool(), torch.zeros(3))
+    assert (certain.ece, certain.accuracy) == (0, 1)
 
 
 def results(tmp_path, *options):
@@ -133,7 +184,7 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "3 of 4 runs are complete" in done.stdout
     with (tmp_path / "out.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert len(found) == 3 * 7
+    assert len(found) == 3 * 11
     assert "Training with self_kd" in (runs[3].folder / "train.out").read_text()
     shutil.rmtree(runs[3].folder)
     finish(runs[3])
@@ -179,16 +230,32 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
         right = run.arm == "near" and run.seed == 1
         lines = reference if right else [line.replace("red", "green") for line in reference]
         (run.folder / "test2016.txt").write_text("\n".join(lines) + "\n")
-    table = report.significance(runs, "test2016").splitlines()
-    assert table[0] == "| arm | seed 1 | seed 2 |"
-    arm, one, two = table[2].strip("| ").split(" | ")
+    training, scores, differences, predicted = list(report.tables(runs))[1:]
+    assert training.splitlines()[0] == "training"
+    assert "| updates | seconds an update | minutes of updates to the baseline's best |" in training
+    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 4 ± 0 |" in training
+    assert "| near | 2 | 36.4 ± 0 | 0.959 ± 0 | 60.2 ± 0 |" in scores
+    assert predicted.startswith("test\n\n| arm | seeds | words | accuracy | ECE |")
+    lines = differences.splitlines()
+    assert lines[0] == "test2016, difference to plain (p)"
+    assert lines[2] == "| arm | BLEU, seed 1 | chrF2, seed 1 | BLEU, seed 2 | chrF2, seed 2 |"
+    arm, bleu, chrf, *same = lines[4].strip("| ").split(" | ")
     assert arm == "near"
-    assert float(one.split()[0]) > 5
-    assert "p = 0.001" in one
-    assert two.startswith("+0.0 (p = ")
-    means = report.means(runs).splitlines()
-    assert means[0].startswith("| arm | seeds | validation perplexity | updates to it |")
-    assert means[2].startswith("| plain | 2 | 5.25 ± 0 | 240 ± 0 |")
+    assert float(bleu.split()[0]) > 5
+    assert float(chrf.split()[0]) > 5
+    assert bleu.endswith("(p = 0.001)")
+    assert all(cell.startswith("+0.0 (p = ") for cell in same)
+
+
+def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
+    runs = plan.read(prepare(tmp_path), tmp_path)[:2]
+    for run in runs:
+        finish(run)
+    slower = collect.log(runs[1]).replace("ppl 5.25", "ppl 5.35")
+    (runs[1].folder / "train.log").write_text(slower)
+    training = list(report.tables(runs))[1].splitlines()
+    assert training[-2].endswith("| 4 |")
+    assert training[-1].endswith("|  |")
 
 
 def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch):

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Multi30k English-German: average the last 5 checkpoints, translate the three test sets, score.
 #
-#   evaluate.sh CRITERION [--out DIR] [--seed N] [--name NAME] [--smoke] [OPTIONS]
+#   evaluate.sh CRITERION [--out DIR] [--seed N] [--name NAME] [--valid] [--smoke] [OPTIONS]
 #
-# The first options are those of train.sh and name the run; OPTIONS go to fairseq-generate.
+# The first options are those of train.sh and name the run; --valid translates the validation set
+# instead, to choose settings by; OPTIONS go to fairseq-generate.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
+OFFERED="--valid"
 train_options "$@"
 need fairseq-generate sacremoses sacrebleu
 average 5 'checkpoint[0-9]+\.pt'
-subset=test
-for name in test2016 test2017 coco; do
-    translate "$subset" "$name" en de --beam 5
+TEXTS=(test2016:test test2017:test1 coco:test2)
+[ -z "$VALID" ] || TEXTS=(valid:valid)
+for text in "${TEXTS[@]}"; do
+    name=${text%:*}
+    translate "${text#*:}" "$name" en de --beam 5
     # The model writes lower case, so case does not count.
     score "$name" "$name, en-de" "$OUT/text/$name.de" "$OUT/tokens/$name.de" -lc --chrf-lowercase
-    case $subset in test) subset=test1 ;; *) subset=test2 ;; esac
 done

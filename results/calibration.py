@@ -1,0 +1,152 @@
+"""How far a model's probabilities can be believed: ``python -m results.calibration``.
+
+Every target word of a text is predicted from the true words before it. A model is calibrated if, of
+the choices that it makes with a probability of 0.7, 70 % are right.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List
+
+import torch
+from fairseq import checkpoint_utils, utils
+from torch import Tensor
+
+import fairseq_skd  # noqa: F401  (lets fairseq's checkpoints be loaded)
+from results.plan import Run
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the probabilities of a model and its choices have in common.
+
+    Attributes
+    ----------
+    words : int
+        Number of predicted words.
+    accuracy : float
+        Part of the words at which the model's first choice is right.
+    confidence : float
+        Mean probability of the first choice.
+    ece : float
+        Expected calibration error (Guo et al., "On Calibration of Modern Neural Networks", ICML
+        2017): |accuracy - confidence| in 15 bins of equal width, weighted by their numbers.
+    nll : float
+        Mean negative log-likelihood of the true words, in nats.
+    own_nll : float
+        The same of the model's first choices.
+    """
+
+    words: int
+    accuracy: float
+    confidence: float
+    ece: float
+    nll: float
+    own_nll: float
+
+    def __str__(self) -> str:
+        """Return the figures as `results.collect` reads them."""
+        return (
+            f"words {self.words}, accuracy {self.accuracy:.4f}, confidence {self.confidence:.4f}, "
+            f"ECE {self.ece:.4f}, nll {self.nll:.4f}, nll of its own choices {self.own_nll:.4f}"
+        )
+
+
+def calibration(confidence: Tensor, right: Tensor, nll: Tensor) -> Calibration:
+    """Compute the figures from one value a word.
+
+    Parameters
+    ----------
+    confidence : Tensor
+        Float, N: probability of the first choice, in (0, 1].
+    right : Tensor
+        Bool, N: whether the first choice is the true word.
+    nll : Tensor
+        Float, N: -log p of the true word.
+    """
+    confidence, right = confidence.double(), right.double()
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, right - confidence)
+    return Calibration(
+        words=len(right),
+        accuracy=right.mean().item(),
+        confidence=confidence.mean().item(),
+        ece=gaps.abs().sum().item() / len(right),
+        nll=nll.double().mean().item(),
+        own_nll=-confidence.log().mean().item(),
+    )
+
+
+def predict(checkpoint: Path, data: str, subset: str) -> Calibration:
+    """Let a model predict every word of a text.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        Of a translation or language model of fairseq's.
+    data : str
+        Folder made by fairseq-preprocess.
+    subset : str
+        ``valid``, ``test``, ...
+    """
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides={"data": data}
+    )
+    model = models[0].eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    task.load_dataset(subset)
+    # Without a multiple of 1 fairseq 0.12.3 leaves sentences out.
+    batches = task.get_batch_iterator(
+        task.dataset(subset),
+        max_tokens=2048,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        ignore_invalid_inputs=True,
+        required_batch_size_multiple=1,
+    ).next_epoch_itr(shuffle=False)
+    parts: List[List[Tensor]] = [[], [], []]
+    with torch.no_grad():
+        for batch in batches:
+            for part, values in zip(parts, _predict_batch(model, task, batch, device)):
+                part.append(values.cpu())
+    return calibration(*(torch.cat(part) for part in parts))
+
+
+def _predict_batch(model: Any, task: Any, batch: Any, device: torch.device) -> List[Tensor]:
+    batch = utils.move_to_cuda(batch) if device.type == "cuda" else batch
+    output = model(**batch["net_input"])
+    target = model.get_targets(batch, output)
+    kept = target.ne(task.target_dictionary.pad())
+    lprobs = model.get_normalized_probs(output, log_probs=True).float()[kept]
+    target = target[kept]
+    best = lprobs.max(1)
+    nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
+    return [best.values.exp(), best.indices.eq(target), nll]
+
+
+def command(run: Run) -> List[str]:
+    """Return the command that predicts a run's text, after its evaluation."""
+    average = run.folder / "average.pt"
+    checkpoint = average if average.exists() else run.folder / "checkpoint_best.pt"
+    program = [sys.executable, "-m", "results.calibration"]
+    return [*program, str(run.out / "data"), "--path", str(checkpoint), "--gen-subset", run.text]
+
+
+def main() -> None:
+    """Print the figures in one line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="folder made by fairseq-preprocess")
+    parser.add_argument("--path", type=Path, required=True, help="a checkpoint")
+    parser.add_argument("--gen-subset", default="valid", help="default: valid")
+    args = parser.parse_args()
+    if not args.path.exists():
+        parser.error(f"--path is {args.path}, which is not there")
+    print(f"calibration on {args.gen_subset}: {predict(args.path, args.data, args.gen_subset)}")
+
+
+if __name__ == "__main__":
+    main()

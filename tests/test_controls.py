@@ -1,0 +1,122 @@
+"""The controls of the experiments differ from the criterion in one thing, and in nothing else."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fairseq_skd.criterion import eligible_words
+from fairseq_skd.neighbors import nearest_neighbors
+from tests.conftest import PLUGIN, ROOT, TINY, command
+
+CONTROLS = ROOT / "results" / "self_kd_controls"
+TRAINED = ["--arch", "transformer", *TINY, "--label-smoothing", 0.1, "--self-kd-top-k", 4]
+TRAINED += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0, "--self-kd-weight", 0.3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    importlib.import_module("results.self_kd_controls")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A checkpoint of a model that a control has trained, as an arm of the experiments names it."""
+    folder = tmp_path_factory.mktemp("trained")
+    command(
+        *("fairseq-train", corpus / "pair", "--user-dir", PLUGIN, "--criterion", "self_kd"),
+        *("--user-dir", CONTROLS, "--criterion", "self_kd_random", *TRAINED, "--cpu"),
+        *("--optimizer", "adam", "--lr", 0.01, "--max-tokens", 200, "--max-epoch", 1),
+        *("--save-dir", folder),
+    )
+    return folder / "checkpoint_best.pt"
+
+
+@pytest.fixture
+def tables(build, train_step):
+    """Return a function that gives the loss and the table of a criterion, and that of self_kd."""
+
+    def of(name, *options):
+        result = []
+        for criterion in ("self_kd", name):
+            built = build(*TRAINED, "--criterion", criterion, *(options if result else []))
+            loss = train_step(built, built.samples[0]).loss.item()
+            result.append((built, loss, built.criterion._teacher._table))
+        return result
+
+    return of
+
+
+def test_random_words_get_the_masses_of_the_nearest(tables):
+    (built, loss, near), (_, other_loss, far) = tables("self_kd_random")
+    torch.testing.assert_close(far.weights, near.weights, rtol=0, atol=0)
+    assert (far.ids[:, 0] == near.ids[:, 0]).all()
+    assert (far.ids[:, 1:] != far.ids[:, :1]).all()
+    eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
+    assert torch.isin(far.ids[:, 1:], eligible).all()
+    assert (far.ids[:, 1:] == near.ids[:, 1:]).float().mean() < 0.5
+    assert loss != other_loss
+
+
+def test_masses_by_rank(tables):
+    (_, _, near), (_, _, ranked) = tables("self_kd_rank")
+    assert (ranked.ids == near.ids).all()
+    expected = 0.5 * torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]) / (25 / 12)
+    torch.testing.assert_close(ranked.weights[:, 1:], expected.expand(len(near.ids), 4))
+    torch.testing.assert_close(ranked.weights[:, 0], near.weights[:, 0])
+
+
+def test_the_end_of_the_sentence_stays_whole(tables):
+    (built, _, near), (_, _, other) = tables("self_kd_whole_eos")
+    eos = built.task.target_dictionary.eos()
+    assert near.weights[eos].tolist() != [1, 0, 0, 0, 0]
+    assert other.weights[eos].tolist() == [1, 0, 0, 0, 0]
+    others = torch.arange(len(near.ids)) != eos
+    assert (other.weights[others] == near.weights[others]).all()
+    assert (other.ids == near.ids).all()
+
+
+def test_neighbors_of_another_table(tables, build, trained):
+    other_table = ["--self-kd-table-of", trained]
+    (built, _, near), (_, _, other) = tables("self_kd_other_table", *other_table)
+    state = torch.load(trained, weights_only=False)["model"]
+    eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
+    found = nearest_neighbors(state["decoder.output_projection.weight"], 4, eligible)
+    assert (other.ids[:, 1:] == found.ids).all()
+    assert (other.ids != near.ids).any()
+    criterion = ["--criterion", "self_kd_other_table"]
+    with pytest.raises(ValueError, match="which has 48 words; the target dictionary has 88"):
+        build(*TRAINED, *criterion, *other_table, data="joined")
+    with pytest.raises(ValueError, match="--self-kd-table-of is missing"):
+        build(*TRAINED, *criterion)
+
+
+def test_uniform_mass_is_label_smoothing_of_the_same_mass(build, train_step):
+    schedule = ["--self-kd-start-update", 4, "--self-kd-ramp-updates", 4]
+    built = build(*TRAINED, "--criterion", "self_kd_uniform", *schedule)
+    for update, smoothing in ((0, 0.1), (6, 0.85 * 0.1 + 0.15 * 0.5), (9, 0.7 * 0.1 + 0.3 * 0.5)):
+        plain = build(
+            *("--arch", "transformer", *TINY, "--criterion", "label_smoothed_cross_entropy"),
+            *("--label-smoothing", smoothing),
+        )
+        ours = train_step(built, built.samples[0], update)
+        assert ours.loss.item() == pytest.approx(train_step(plain, plain.samples[0]).loss.item())
+    sample = built.samples[0]
+    evaluated = built.task.valid_step(sample, built.model.eval(), built.criterion.eval())[0].item()
+    plain = build(
+        *("--arch", "transformer", *TINY, "--criterion", "label_smoothed_cross_entropy"),
+        *("--label-smoothing", 0.1),
+    )
+    expected = plain.task.valid_step(sample, plain.model.eval(), plain.criterion.eval())[0].item()
+    assert evaluated == pytest.approx(expected)
+
+
+def test_a_control_is_calibrated_from_the_command_line(trained, corpus):
+    program = [sys.executable, "-m", "results.calibration", corpus / "pair", "--path", trained]
+    printed = subprocess.run(
+        [*map(str, program)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    words = sum(len(line.split()) + 1 for line in (corpus / "valid.tgt").open())
+    assert f"calibration on valid: words {words}, accuracy 0." in printed
