@@ -50,14 +50,7 @@ def _cell(row: Optional[Row], base: bool) -> str:
 
 def plot(rows: List[Row], path: Path) -> None:
     """Draw the training step of every criterion as a part of that of label smoothing (SVG)."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "fairseq_skd", "svg.fonttype": "none", "font.size": 9}
-    )
-    from matplotlib import pyplot
-
+    pyplot = svg_pyplot()
     steps = [row for row in rows if row["what"].startswith("training step")]
     shapes = list(dict.fromkeys(row["shape"] for row in steps))
     names = list(dict.fromkeys(row["name"] for row in steps if row["name"] != BASELINE))
@@ -75,6 +68,24 @@ def plot(rows: List[Row], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds of a training step, {BASELINE} = 1 (less is better)")
     axes.legend(loc="lower right", fontsize=7)
+    save(figure, path)
+
+
+def svg_pyplot() -> Any:
+    """Return matplotlib's pyplot, set up so that equal figures give equal files."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "fairseq_skd", "svg.fonttype": "none", "font.size": 9}
+    )
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure, without the date, so that equal figures give equal files."""
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

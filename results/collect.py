@@ -18,6 +18,7 @@ from fairseq_skd import __version__
 from results.plan import ROOT, Run
 
 Row = Dict[str, Union[str, int, float]]
+Curve = List[Tuple[int, float]]
 
 # What sacrebleu prints in one line: name and signature, score, and for BLEU what follows it.
 _SCORE = re.compile(r"^ *((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio = ([\d.]+))?")
@@ -81,7 +82,7 @@ def log(run: Run) -> str:
     return (run.folder / "train.log").read_text(encoding="utf-8")
 
 
-def curve(log: str) -> List[Tuple[int, float]]:
+def curve(log: str) -> Curve:
     """Return the validation perplexity after so many updates, as often as it was measured."""
     valid = [_fields(line) for line in log.splitlines() if " | valid | " in line]
     return [(int(fields["num_updates"]), fields["ppl"]) for fields in valid]

@@ -1,4 +1,4 @@
-"""Tables of the results, as Markdown: ``python -m results.report``.
+"""Tables of the results, as Markdown, and their plots: ``python -m results.report``.
 
 For every experiment the mean and the standard deviation over seeds of every figure. What was
 translated is also tested, seed by seed, against the first arm of the experiment, its baseline: the
@@ -14,7 +14,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from results import collect
+from results import collect, plots
 from results.plan import ROOT, PlanError, Run, read
 
 SAMPLES = 1000
@@ -23,10 +23,11 @@ REACHED = "minutes of updates to the baseline's best"
 
 
 def main() -> None:
-    """Print the tables of all complete runs of a plan."""
+    """Print the tables and draw the plots of all complete runs of a plan."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where prepared data is")
+    parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder for the plots")
     args = parser.parse_args()
     try:
         runs = [run for run in read(args.plan, args.out.resolve()) if collect.complete(run)]
@@ -34,23 +35,30 @@ def main() -> None:
         sys.exit(f"python -m results.report: {error}")
     if not runs:
         sys.exit("python -m results.report: no run is complete yet; first:  python -m results")
-    for experiment in dict.fromkeys(run.experiment for run in runs):
-        print("\n".join(tables([run for run in runs if run.experiment == experiment])))
+    args.plots.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(run.experiment for run in runs):
+        experiment = [run for run in runs if run.experiment == name]
+        print("\n".join(tables(experiment)))
+        plots.arms(values(experiment), args.plots / f"results-{name}.svg")
+        curves: Dict[str, List[collect.Curve]] = {}
+        for run in experiment:
+            curves.setdefault(run.arm, []).append(collect.curve(collect.log(run)))
+        plots.curves(curves, args.plots / f"results-{name}-curves.svg")
 
 
 def tables(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the tables of one experiment, each below the name of what it is about."""
     yield f"## {runs[0].experiment}: {runs[0].task}\n"
-    values = _values(runs)
-    measures = list(dict.fromkeys(name for figures in values.values() for name in figures))
+    found = values(runs)
+    measures = list(dict.fromkeys(name for figures in found.values() for name in figures))
     for group in dict.fromkeys(_group(name) for name in measures):
         names = [name for name in measures if _group(name) == group]
         heads = [name if group == TRAINING else name[len(group) + 1 :] for name in names]
         lines = [["arm", "seeds", *heads]]
-        for arm, figures in values.items():
+        for arm, figures in found.items():
             seeds = str(len({run.seed for run in runs if run.arm == arm}))
             lines.append([arm, seeds, *(_mean(figures.get(name, [])) for name in names)])
-        yield f"{group}\n\n{_table(lines)}\n"
+        yield f"{group}\n\n{table(lines)}\n"
         if (runs[0].folder / f"{group}.ref").exists():
             yield f"{group}, difference to {runs[0].arm} (p)\n\n{significance(runs, group)}\n"
 
@@ -60,9 +68,9 @@ def _group(measure: str) -> str:
     return TRAINING if group in ("validation", "updates", "seconds", "minutes") else group
 
 
-def _values(runs: Sequence[Run]) -> Dict[str, Dict[str, List[float]]]:
+def values(runs: Sequence[Run]) -> Dict[str, Dict[str, List[float]]]:
     """Return the figures of all seeds, by arm and measure."""
-    values: Dict[str, Dict[str, List[float]]] = {}
+    found: Dict[str, Dict[str, List[float]]] = {}
     for run in runs:
         figures = {str(row["measure"]): float(row["value"]) for row in collect.rows(run)}
         baseline = [other for other in runs if (other.arm, other.seed) == (runs[0].arm, run.seed)]
@@ -73,8 +81,8 @@ def _values(runs: Sequence[Run]) -> Dict[str, Dict[str, List[float]]]:
             if updates is not None:
                 figures[REACHED] = updates * figures["seconds an update"] / 60
         for name, value in figures.items():
-            values.setdefault(run.arm, {}).setdefault(name, []).append(value)
-    return values
+            found.setdefault(run.arm, {}).setdefault(name, []).append(value)
+    return found
 
 
 def updates_to(run: Run, perplexity: float) -> Optional[int]:
@@ -96,7 +104,7 @@ def significance(runs: Sequence[Run], text: str) -> str:
             pair.sort(key=lambda run: run.arm != baseline)
             cells += _differences(pair, text) if len(pair) == 2 else [""] * len(metrics)
         lines.append([arm, *cells])
-    return _table(lines)
+    return table(lines)
 
 
 def _differences(pair: Sequence[Run], text: str) -> List[str]:
@@ -123,7 +131,8 @@ def _mean(found: Sequence[float]) -> str:
     return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.2g}"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as a Markdown table; the first line is its head."""
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 

@@ -258,6 +258,22 @@ def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
     assert training[-1].endswith("|  |")
 
 
+def test_the_report_draws_every_arm(tmp_path, monkeypatch, capsys):
+    path = prepare(tmp_path)
+    for run in plan.read(path, tmp_path):
+        finish(run)
+    plots = tmp_path / "plots"
+    arguments = ["report", "--plan", path, "--out", tmp_path, "--plots", plots]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    report.main()
+    assert "## first: translate" in capsys.readouterr().out
+    for name in ("results-first.svg", "results-first-curves.svg"):
+        drawn = (plots / name).read_text()
+        assert ">near<" in drawn
+        assert ">plain<" in drawn
+    assert ">test2016 BLEU<" in (plots / "results-first.svg").read_text()
+
+
 def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch):
     path = prepare(tmp_path)
     arguments = ["report", "--plan", str(path), "--out", str(tmp_path)]

@@ -1,0 +1,82 @@
+"""Plots of an experiment: what every arm reached, and how its validation perplexity fell."""
+
+import statistics
+from pathlib import Path
+from typing import Dict, List
+
+from benchmarks.report import save, svg_pyplot
+from results.collect import Curve
+
+# From the left; those that an experiment has none of are left out.
+MEASURES = [
+    *("valid BLEU", "test2016 BLEU", "test2017 BLEU", "coco BLEU"),
+    *("test perplexity", "validation perplexity"),
+]
+
+
+def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
+    """Draw one row an arm and one panel a measure (SVG).
+
+    A dot is the mean over seeds, its line one standard deviation to either side; the vertical line
+    is the first arm's mean, the baseline's.
+
+    Parameters
+    ----------
+    values : dict
+        For each arm and measure the figures of all seeds.
+    path : Path
+        Of the SVG.
+    """
+    pyplot = svg_pyplot()
+    names = list(values)
+    baseline = values[names[0]]
+    measures = [measure for measure in MEASURES if measure in baseline]
+    figure, axes = pyplot.subplots(
+        *(1, len(measures)),
+        figsize=(2.5 + 2.2 * len(measures), 0.9 + 0.22 * len(names)),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, measure in zip(axes[0], measures):
+        for place, name in enumerate(names):
+            found = values[name].get(measure)
+            if found:
+                deviation = statistics.stdev(found) if len(found) > 1 else 0
+                axis.errorbar(statistics.fmean(found), place, xerr=deviation, fmt="o", color="C0")
+        axis.axvline(statistics.fmean(baseline[measure]), color="black", linewidth=0.8)
+        axis.set_xlabel(measure)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].invert_yaxis()
+    save(figure, path)
+    pyplot.close(figure)
+
+
+def curves(values: Dict[str, List[Curve]], path: Path) -> None:
+    """Draw the validation perplexity after every so many updates, one line a run (SVG).
+
+    Seeds of an arm share a colour. The axis shows what the last two thirds of the measurements
+    need; the first ones are many times higher.
+
+    Parameters
+    ----------
+    values : dict
+        For each arm the curves of all seeds.
+    path : Path
+        Of the SVG.
+    """
+    pyplot = svg_pyplot()
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    lines = ["-", "--", ":"]
+    shown = []
+    for number, (name, runs) in enumerate(values.items()):
+        for run, curve in enumerate(runs):
+            style = {"color": f"C{number % 10}", "linestyle": lines[number // 10 % len(lines)]}
+            axis.plot(*zip(*curve), **style, linewidth=1, label=name if run == 0 else None)
+            shown += [perplexity for _, perplexity in curve[max(1, len(curve) // 3) :]]
+    if shown:
+        axis.set_ylim(min(shown) * 0.98, max(shown) * 1.02)
+    axis.set_xlabel("updates")
+    axis.set_ylabel("validation perplexity")
+    axis.legend(fontsize=7, ncols=2)
+    save(figure, path)
+    pyplot.close(figure)

@@ -1,0 +1,58 @@
+"""Soft targets of real words, as Markdown: ``python -m results.soft_targets``.
+
+One row a word and one column a checkpoint of a run with ``self_kd``, for example an early and a
+late one: the nearest words and the probability that the word gives each.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import List
+
+import torch
+from fairseq import checkpoint_utils
+
+from fairseq_skd.criterion import SelfKDCriterion
+from fairseq_skd.output_projection import find_output_projection
+from results.report import table
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="folder made by fairseq-preprocess")
+    parser.add_argument("--path", type=Path, nargs="+", required=True, help="checkpoints")
+    parser.add_argument("--words", nargs="+", required=True, help="of the target dictionary")
+    parser.add_argument("--shown", type=int, default=5, help="of the nearest words (default: 5)")
+    args = parser.parse_args()
+    columns = [soft_targets(path, args.data, args.words, args.shown) for path in args.path]
+    rows = [list(row) for row in zip(args.words, *columns)]
+    print(table([["word", *(path.name for path in args.path)], *rows]))
+
+
+def soft_targets(checkpoint: Path, data: str, words: List[str], shown: int) -> List[str]:
+    """Return for each word its nearest words and their probabilities in one checkpoint."""
+    models, config, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides={"data": data}
+    )
+    criterion = task.build_criterion(config.criterion)
+    if not isinstance(criterion, SelfKDCriterion):
+        sys.exit(f"{checkpoint} was trained with {config.criterion._name}; self_kd is needed")
+    dictionary = task.target_dictionary
+    unknown = [word for word in words if word not in dictionary]
+    if unknown:
+        sys.exit(f"--words: not in the target dictionary are {', '.join(unknown)}")
+    embedding = find_output_projection(models[0], len(dictionary)).weight
+    teacher = criterion._new_teacher(embedding.device)
+    teacher.refresh(embedding)
+    # The neighbours alone, whatever else the candidates were.
+    target = torch.tensor([dictionary.index(word) for word in words])
+    soft = teacher.soft_target(target, prediction=target, embedding=embedding)
+    return [
+        ", ".join(f"{dictionary[i]} {p:.3f}" for i, p in list(zip(ids, masses))[1 : shown + 1])
+        for ids, masses in zip(soft.ids.tolist(), soft.weights.tolist())
+    ]
+
+
+if __name__ == "__main__":
+    main()
