@@ -8,14 +8,13 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List
+from typing import List
 
 import torch
-from fairseq import checkpoint_utils, utils
 from torch import Tensor
 
-import fairseq_skd  # noqa: F401  (lets fairseq's checkpoints be loaded)
 from results.plan import Run
+from results.trained import load, predictions
 
 BINS = 15
 
@@ -82,50 +81,14 @@ def calibration(confidence: Tensor, right: Tensor, nll: Tensor) -> Calibration:
 
 
 def predict(checkpoint: Path, data: str, subset: str) -> Calibration:
-    """Let a model predict every word of a text.
-
-    Parameters
-    ----------
-    checkpoint : Path
-        Of a translation or language model of fairseq's.
-    data : str
-        Folder made by fairseq-preprocess.
-    subset : str
-        ``valid``, ``test``, ...
-    """
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": data}
-    )
-    model = models[0].eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    task.load_dataset(subset)
-    # Without a multiple of 1 fairseq 0.12.3 leaves sentences out.
-    batches = task.get_batch_iterator(
-        task.dataset(subset),
-        max_tokens=2048,
-        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        ignore_invalid_inputs=True,
-        required_batch_size_multiple=1,
-    ).next_epoch_itr(shuffle=False)
+    """Let the model of a checkpoint predict every word of a text; see `results.trained`."""
     parts: List[List[Tensor]] = [[], [], []]
-    with torch.no_grad():
-        for batch in batches:
-            for part, values in zip(parts, _predict_batch(model, task, batch, device)):
-                part.append(values.cpu())
+    for lprobs, target in predictions(load(checkpoint, data), subset):
+        best = lprobs.max(1)
+        nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
+        for part, values in zip(parts, (best.values.exp(), best.indices.eq(target), nll)):
+            part.append(values.cpu())
     return calibration(*(torch.cat(part) for part in parts))
-
-
-def _predict_batch(model: Any, task: Any, batch: Any, device: torch.device) -> List[Tensor]:
-    batch = utils.move_to_cuda(batch) if device.type == "cuda" else batch
-    output = model(**batch["net_input"])
-    target = model.get_targets(batch, output)
-    kept = target.ne(task.target_dictionary.pad())
-    lprobs = model.get_normalized_probs(output, log_probs=True).float()[kept]
-    target = target[kept]
-    best = lprobs.max(1)
-    nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
-    return [best.values.exp(), best.indices.eq(target), nll]
 
 
 def command(run: Run) -> List[str]:
@@ -143,8 +106,6 @@ def main() -> None:
     parser.add_argument("--path", type=Path, required=True, help="a checkpoint")
     parser.add_argument("--gen-subset", default="valid", help="default: valid")
     args = parser.parse_args()
-    if not args.path.exists():
-        parser.error(f"--path is {args.path}, which is not there")
     print(f"calibration on {args.gen_subset}: {predict(args.path, args.data, args.gen_subset)}")
 
 

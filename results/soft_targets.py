@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import List
 
 import torch
-from fairseq import checkpoint_utils
 
 from fairseq_skd.criterion import SelfKDCriterion
 from fairseq_skd.output_projection import find_output_projection
 from results.report import table
+from results.trained import load
 
 
 def main() -> None:
@@ -32,9 +32,8 @@ def main() -> None:
 
 def soft_targets(checkpoint: Path, data: str, words: List[str], shown: int) -> List[str]:
     """Return for each word its nearest words and their probabilities in one checkpoint."""
-    models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": data}
-    )
+    model, task, config = load(checkpoint, data)
+    task.load_dataset("train")  # tells which words of a joined dictionary are the target's
     criterion = task.build_criterion(config.criterion)
     if not isinstance(criterion, SelfKDCriterion):
         sys.exit(f"{checkpoint} was trained with {config.criterion._name}; self_kd is needed")
@@ -42,11 +41,11 @@ def soft_targets(checkpoint: Path, data: str, words: List[str], shown: int) -> L
     unknown = [word for word in words if word not in dictionary]
     if unknown:
         sys.exit(f"--words: not in the target dictionary are {', '.join(unknown)}")
-    embedding = find_output_projection(models[0], len(dictionary)).weight
+    embedding = find_output_projection(model, len(dictionary)).weight
     teacher = criterion._new_teacher(embedding.device)
     teacher.refresh(embedding)
-    # The neighbours alone, whatever else the candidates were.
-    target = torch.tensor([dictionary.index(word) for word in words])
+    # As if every word were predicted right: then the neighbours are all there is.
+    target = torch.tensor([dictionary.index(word) for word in words], device=embedding.device)
     soft = teacher.soft_target(target, prediction=target, embedding=embedding)
     return [
         ", ".join(f"{dictionary[i]} {p:.3f}" for i, p in list(zip(ids, masses))[1 : shown + 1])
