@@ -93,7 +93,16 @@ class Runner:
                 collect.trained_for(run, (time.time() - began) / 60)
         print(f"{title}: evaluation on {run.text}", flush=True)
         partial = run.evaluation.with_suffix(".partial")
-        self._command(run.evaluate, partial, "wb")
+        found = {}
+        for length_penalty in run.length_penalties:
+            self._command(run.evaluate("valid", length_penalty), partial, "wb")
+            scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
+            found[length_penalty] = scores["valid BLEU"]
+        # Of equal ones the first.
+        best = max(found, key=lambda penalty: found[penalty]) if found else None
+        self._command(run.evaluate(run.text, best), partial, "wb")
+        with partial.open("a") as file:
+            file.writelines(collect.length_penalty_lines(found, best))
         self._command(calibration.command(run), partial, "ab")
         partial.replace(run.evaluation)
         figures = ", ".join(f"{row['measure']} {row['value']}" for row in collect.rows(run))

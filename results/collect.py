@@ -23,6 +23,8 @@ Curve = List[Tuple[int, float]]
 # What sacrebleu prints in one line: name and signature, score, and for BLEU what follows it.
 _SCORE = re.compile(r"^ *((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio = ([\d.]+))?")
 _PERPLEXITY = re.compile(r"^(valid|test): perplexity ([\d.]+) a word .* at least (\d+) words")
+# What `length_penalty_lines` writes.
+_LENGTH_PENALTY = re.compile(r"^(length penalty(?: [\d.]+, valid BLEU)?): ([\d.]+)$")
 # What `results.calibration` prints.
 _CALIBRATION = re.compile(r"^calibration on (\w+): (.*)$")
 
@@ -114,7 +116,10 @@ def _fields(line: str) -> Dict[str, float]:
 
 
 def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
-    """Yield the scores of detokenised text, perplexities with their context, and calibration."""
+    """Yield what an evaluation has found: names, values, signatures.
+
+    Scores of detokenised text, perplexities with their context, length penalties, calibration.
+    """
     data: Optional[str] = None
     for line in evaluation.splitlines():
         if ", detokenised text" in line:
@@ -122,7 +127,7 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
         elif ", tokenised text" in line:
             data = None
         score, perplexity = _SCORE.match(line), _PERPLEXITY.match(line)
-        calibration = _CALIBRATION.match(line)
+        calibration, penalty = _CALIBRATION.match(line), _LENGTH_PENALTY.match(line)
         if score and data:
             yield f"{data} {score[2]}", float(score[3]), score[1]
             if score[4]:
@@ -130,10 +135,20 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
         elif perplexity:
             signature = f"context:{perplexity[3]}"
             yield f"{perplexity[1]} perplexity", float(perplexity[2]), signature
+        elif penalty:
+            yield penalty[1], float(penalty[2]), ""
         elif calibration:
             for part in calibration[2].split(", "):
                 name, value = part.rsplit(" ", 1)
                 yield f"{calibration[1]} {name}", float(value), ""
+
+
+def length_penalty_lines(found: Dict[float, float], best: Optional[float]) -> Iterator[str]:
+    """Yield the lines of an evaluation that tell how its length penalty was chosen."""
+    for penalty, bleu in found.items():
+        yield f"length penalty {penalty}, valid BLEU: {bleu}\n"
+    if best is not None:
+        yield f"length penalty: {best}\n"
 
 
 def write(found: List[Row], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from omegaconf import OmegaConf
 
@@ -32,6 +32,8 @@ class Run:
         Of ``train.sh``.
     options : sequence of str
         For fairseq-train.
+    length_penalties : sequence of float
+        Of which the one with the best BLEU on validation text is taken; none: the recipe's.
     """
 
     experiment: str
@@ -43,6 +45,7 @@ class Run:
     out: Path
     criterion: str
     options: Sequence[str]
+    length_penalties: Sequence[float] = ()
 
     @property
     def folder(self) -> Path:
@@ -59,11 +62,11 @@ class Run:
         """The command that trains."""
         return [str(self.recipe / "train.sh"), *self._which(), *self.options]
 
-    @property
-    def evaluate(self) -> List[str]:
-        """The command that scores."""
-        only_valid = ["--valid"] if self.text == "valid" else []
-        return [str(self.recipe / "evaluate.sh"), *self._which(), *only_valid]
+    def evaluate(self, text: str, length_penalty: Optional[float] = None) -> List[str]:
+        """Return the command that scores one of the texts."""
+        only_valid = ["--valid"] if text == "valid" else []
+        generation = [] if length_penalty is None else ["--lenpen", str(length_penalty)]
+        return [str(self.recipe / "evaluate.sh"), *self._which(), *only_valid, *generation]
 
     def _which(self) -> List[str]:
         name = ["--out", str(self.out), "--name", self.folder.name, "--seed", str(self.seed)]
@@ -123,6 +126,7 @@ def read(path: Path, out: Path) -> List[Run]:
                     out=folder,
                     criterion=criterion,
                     options=[_placed(str(option), folder, seed) for option in options],
+                    length_penalties=experiment.get("length_penalties", []),
                 )
                 if trained.setdefault(run.folder, run.train) != run.train:
                     raise PlanError(

@@ -75,13 +75,18 @@ def test_a_plan_is_read_seed_by_seed(tmp_path):
         *(f"{ROOT}/{tmp_path}/multi30k", "of1"),
     ]
     assert runs[0].train[8:] == ["--lr", "0.5"]
-    assert runs[1].evaluate[1:] == runs[1].train[1:8]
+    assert runs[1].evaluate("test")[1:] == runs[1].train[1:8]
 
 
 def test_an_experiment_on_validation_text_leaves_the_test_text_alone(tmp_path):
     text = PLAN + "  - {name: second, task: translate, text: valid, seeds: [1], arms: [near]}\n"
     runs = plan.read(prepare(tmp_path, text), tmp_path)
-    assert runs[-1].evaluate == [*runs[1].evaluate, "--valid"]
+    assert runs[-1].evaluate("valid", 1.4) == [
+        *runs[1].evaluate("test"),
+        "--valid",
+        "--lenpen",
+        "1.4",
+    ]
     assert runs[-1].train == runs[1].train
     finish(runs[1])
     assert not collect.complete(runs[-1])  # trained, and not yet scored on that text
@@ -127,6 +132,12 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     assert bleu["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
     assert bleu["torch"] == torch.__version__
     assert "1 of " in bleu["device"]
+    lines = "".join(collect.length_penalty_lines({0.6: 35.0, 1.0: 35.5}, 1.0))
+    assert [(name, value) for name, value, _ in collect.scores(lines)] == [
+        *(("length penalty 0.6, valid BLEU", 35.0), ("length penalty 1.0, valid BLEU", 35.5)),
+        ("length penalty", 1.0),
+    ]
+    assert list(collect.length_penalty_lines({}, None)) == []
     line = "valid: perplexity 120.50 a word (6.91 bits), each word with at least 96 words before it"
     assert list(collect.scores(line)) == [("valid perplexity", 120.5, "context:96")]
 
