@@ -204,6 +204,36 @@ def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, criterion, 
     ] * 2
 
 
+def test_an_experiment_on_validation_text(prepared, tmp_path):
+    """`make results` with one arm, a control, from its plan to its CSV."""
+    out, _ = prepared(MULTI30K)
+    (tmp_path / "multi30k").symlink_to(f"{out}-smoke")
+    small = ["--encoder-layers", 1, "--decoder-layers", 1, "--max-tokens", 2000, "--max-epoch", 2]
+    controls = ["--user-dir", "{root}/results/self_kd_controls", "--criterion", "self_kd_random"]
+    experiment = {"name": "small", "task": "multi30k", "text": "valid"}
+    experiment.update(seeds=[1], arms=["random"], length_penalties=[0.6])
+    plan = {
+        "tasks": {"multi30k": {"recipe": "translation/multi30k", "options": small}},
+        "arms": {"random": {"criterion": "self_kd", "options": controls}},
+        "experiments": [experiment],
+    }
+    OmegaConf.save(plan, tmp_path / "plan.yaml")
+    arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
+    printed = subprocess.run(
+        [sys.executable, "-m", "results", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ).stdout
+    assert "1 of 1 runs are complete" in printed
+    found = (tmp_path / "out.csv").read_text()
+    for measure in ("valid BLEU", "valid ECE", '"length penalty 0.6, valid BLEU"'):
+        assert f"small,multi30k,random,1,{measure}," in found
+    assert ",random,1,test" not in found
+    assert not list((tmp_path / "multi30k" / "multi30k-random-seed1").glob("test*"))
+
+
 @pytest.mark.parametrize("recipe", [MULTI30K, WIKITEXT2], ids=lambda recipe: recipe.name)
 def test_r_drop_trains(recipe, prepared):
     out, _ = prepared(recipe)
