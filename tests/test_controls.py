@@ -9,6 +9,7 @@ import torch
 
 from fairseq_skd.criterion import eligible_words
 from fairseq_skd.neighbors import nearest_neighbors
+from fairseq_skd.output_projection import find_output_projection
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
 CONTROLS = ROOT / "results" / "self_kd_controls"
@@ -91,6 +92,35 @@ def test_neighbors_of_another_table(tables, build, trained):
         build(*TRAINED, *criterion, *other_table, data="joined")
     with pytest.raises(ValueError, match="--self-kd-table-of is missing"):
         build(*TRAINED, *criterion)
+
+
+@pytest.mark.parametrize("name", ["self_kd_belief", "self_kd_doubt"])
+def test_variants_that_read_the_logits(name, build, train_step):
+    built = build(*TRAINED, "--criterion", name)
+    sample = built.samples[0]
+    ours = train_step(built, sample)
+    output = built.model(**sample["net_input"])
+    lprobs = built.model.get_normalized_probs(output, log_probs=True).flatten(0, 1).double()
+    table = built.criterion._teacher._table
+    loss = 0.0
+    for row, t in zip(lprobs, sample["target"].flatten().tolist()):
+        if t == built.task.target_dictionary.pad():
+            continue
+        near, q, p = table.ids[t, 1:], table.weights[t, 1:].double(), row.detach().exp()
+        if name == "self_kd_belief":
+            q = q.sum() * q * p[near] / (q * p[near]).sum()
+        else:
+            q = q * (1 - p[t])
+        off = 0.1 / (len(row) - 1)
+        smoothed = -0.9 * row[t] - off * (row.sum() - row[t])
+        loss = loss + 0.7 * smoothed - 0.3 * ((1 - q.sum()) * row[t] + (q * row[near]).sum())
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    built.model.zero_grad()
+    loss.backward()
+    gradient = find_output_projection(built.model, len(table.ids)).weight.grad
+    torch.testing.assert_close(
+        ours.gradients["decoder.output_projection.weight"], gradient, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_uniform_mass_is_label_smoothing_of_the_same_mass(build, train_step):

@@ -1,4 +1,4 @@
-"""Controls: criteria that differ from ``self_kd`` in the one thing whose effect is in question.
+"""Controls and variants: criteria that differ from ``self_kd`` in the one thing in question.
 
 A user-dir of fairseq's, for experiments and not for users: an arm of ``experiments.yaml`` names
 it with ``--user-dir`` and one of these criteria with ``--criterion``. Options are those of
@@ -9,8 +9,11 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 - ``self_kd_other_table``: the neighbours are those of another model's table, and stay the same.
 - ``self_kd_whole_eos``: the end of the sentence gives nothing away.
 - ``self_kd_rank``: the mass of a neighbour falls with its rank, whatever its distance.
+- ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
+- ``self_kd_doubt``: the mass that a target gives away is in proportion to the model's doubt in it.
 
-All but ``self_kd_uniform`` are for ``--self-kd-candidates neighbors``.
+The last two read the logits, so that the loss is not computed in blocks with the projection. All
+but ``self_kd_uniform`` are for ``--self-kd-candidates neighbors``.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from fairseq.criterions import register_criterion
 from torch import Tensor
 
 from fairseq_skd.criterion import SelfKDCriterion, SelfKDCriterionConfig
+from fairseq_skd.output_projection import OutputProjection
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
 # Fixed, so that a word keeps its random neighbours at every refresh and after a resume.
@@ -79,6 +83,80 @@ class OtherTableTeacher(SelfTeacher):
     def refresh(self, embedding: Tensor) -> None:
         """Measure the neighbours in the other table."""
         super().refresh(self.other.to(embedding.device))
+
+
+class LogitsTeacher(SelfTeacher):
+    """A teacher that is shown the logits of the batch, as `scores`, N x V."""
+
+    scores: Tensor
+
+
+class BeliefTeacher(LogitsTeacher):
+    """The mass of a neighbour is multiplied by its probability, and the total kept."""
+
+    def soft_target(
+        self,
+        target: Tensor,
+        prediction: Optional[Tensor] = None,
+        embedding: Optional[Tensor] = None,
+    ) -> SoftTarget:
+        """Return m softmax(log q_j + z_j) over the candidates j: q_j p_j, made to sum to m."""
+        ids, weights = super().soft_target(target, prediction, embedding)
+        mass = weights[:, 1:].sum(1, keepdim=True)
+        belief = self.scores.gather(1, ids[:, 1:]).float()
+        shares = torch.softmax(weights[:, 1:].log() + belief, 1)
+        return SoftTarget(ids, torch.cat([1 - mass, mass * shares], 1))
+
+
+class DoubtTeacher(LogitsTeacher):
+    """The mass of every neighbour is multiplied by 1 - p of the target."""
+
+    def soft_target(
+        self,
+        target: Tensor,
+        prediction: Optional[Tensor] = None,
+        embedding: Optional[Tensor] = None,
+    ) -> SoftTarget:
+        """Return (1 - p_t) q_j for the candidates j, and the rest for the target."""
+        ids, weights = super().soft_target(target, prediction, embedding)
+        probability = torch.softmax(self.scores.float(), 1).gather(1, ids[:, :1])
+        shares = weights[:, 1:] * (1 - probability)
+        return SoftTarget(ids, torch.cat([1 - shares.sum(1, keepdim=True), shares], 1))
+
+
+class LogitsCriterion(SelfKDCriterion):
+    """Computes the loss from logits, and shows them to the teacher first."""
+
+    def _projection(self, model: Any) -> OutputProjection:
+        return super()._projection(model)._replace(features_suffice=False)
+
+    def _loss(
+        self,
+        model: Any,
+        net_output: Any,
+        sample: Dict[str, Any],
+        weight: float,
+        projection: OutputProjection,
+    ) -> Dict[str, Tensor]:
+        teacher = self._taught(model, weight, projection)
+        if teacher is not None:
+            logits = net_output[0][:, self.ignore_prefix_size :].detach()
+            teacher.scores = logits.reshape(-1, logits.size(-1))
+        return super()._loss(model, net_output, sample, weight, projection)
+
+
+@register_criterion("self_kd_belief", dataclass=SelfKDCriterionConfig)
+class BeliefCriterion(LogitsCriterion):
+    """The model's own belief in this sentence chooses among the neighbours."""
+
+    teacher_class = BeliefTeacher
+
+
+@register_criterion("self_kd_doubt", dataclass=SelfKDCriterionConfig)
+class DoubtCriterion(LogitsCriterion):
+    """The mass that a target gives away is in proportion to the model's doubt in it."""
+
+    teacher_class = DoubtTeacher
 
 
 @register_criterion("self_kd_random", dataclass=SelfKDCriterionConfig)
