@@ -2,7 +2,8 @@
 
 A trained model predicts every target word of a text from the true words before it, and gives some
 probability to other words. How much of that is on words that a kind of candidates names without a
-look at the sentence, and how often is the model's wrong first choice among them?
+look at the sentence, how often is the model's wrong first choice among them, and how often does a
+candidate occur in the training text?
 
 The kinds are the k nearest words in the model's own table, by Euclidean distance and by cosine, and
 to compare with them k words at random and the k most frequent ones.
@@ -10,7 +11,7 @@ to compare with them k words at random and the k most frequent ones.
 
 import argparse
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
 from torch import Tensor
@@ -37,10 +38,12 @@ def main() -> None:
 
 def plausibility(trained: Trained, subset: str, k: int) -> List[List[str]]:
     """Return the lines of the table, the head first."""
-    candidates = _candidates(trained, k)
+    counts = _counts(trained.task)
+    candidates = _candidates(trained, k, counts)
     elsewhere = wrong = 0.0
     on = dict.fromkeys(candidates, 0.0)
     among = dict.fromkeys(candidates, 0.0)
+    occurrences: Dict[str, List[Tensor]] = {kind: [] for kind in candidates}
     for lprobs, target in predictions(trained, subset):
         probabilities = lprobs.exp()
         own = target.unsqueeze(1)
@@ -52,20 +55,28 @@ def plausibility(trained: Trained, subset: str, k: int) -> List[List[str]]:
             other = named.ne(own)  # a frequent word may be the target
             on[kind] += (probabilities.gather(1, named) * other).sum().item()
             among[kind] += (named.eq(first) & other).any(1).sum().item()
+            occurrences[kind].append(counts[named.cpu()].flatten())
     head = ["candidates", "of the probability of other words", "of the wrong first choices"]
-    return [head] + [
-        [kind, f"{on[kind] / elsewhere:.1%}", f"{among[kind] / wrong:.1%}"] for kind in candidates
-    ]
+    lines = [[*head, "median count of a candidate"]]
+    for kind in candidates:
+        parts = f"{on[kind] / elsewhere:.1%}", f"{among[kind] / wrong:.1%}"
+        lines.append([kind, *parts, str(torch.cat(occurrences[kind]).median().item())])
+    return lines
 
 
-def _candidates(trained: Trained, k: int) -> Dict[str, Tensor]:
+def _counts(task: Any) -> Tensor:
+    """Return how often every word is a target in the training text; int64, V."""
+    task.load_dataset("train")
+    counts = torch.zeros(len(task.target_dictionary), dtype=torch.int64)
+    for example in task.dataset("train"):
+        counts += torch.bincount(example["target"], minlength=len(counts))
+    return counts
+
+
+def _candidates(trained: Trained, k: int, counts: Tensor) -> Dict[str, Tensor]:
     """Return the ids of each kind's candidates for every word, V x k."""
     model, task, _ = trained
     dictionary = task.target_dictionary
-    task.load_dataset("train")
-    counts = torch.zeros(len(dictionary), dtype=torch.int64)
-    for example in task.dataset("train"):
-        counts += torch.bincount(example["target"], minlength=len(dictionary))
     eligible = torch.from_numpy(eligible_words(dictionary))
     eligible = eligible[counts[eligible] > 0]
     weight = find_output_projection(model, len(dictionary)).weight

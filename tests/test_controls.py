@@ -1,8 +1,12 @@
-"""The controls of the experiments differ from the criterion in one thing, and in nothing else."""
+"""The controls of the experiments differ from the criterion in one thing, and in nothing else.
+
+And the scripts that look into a trained model, here into one that a control has trained.
+"""
 
 import importlib
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ import torch
 from fairseq_skd.criterion import eligible_words
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
+from results import plausibility, soft_targets
+from results import trained as results_trained
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
 CONTROLS = ROOT / "results" / "self_kd_controls"
@@ -150,3 +156,43 @@ def test_a_control_is_calibrated_from_the_command_line(trained, corpus):
     ).stdout
     words = sum(len(line.split()) + 1 for line in (corpus / "valid.tgt").open())
     assert f"calibration on valid: words {words}, accuracy 0." in printed
+
+
+def test_soft_targets_of_words_are_those_of_the_teacher(trained, corpus):
+    cells = soft_targets.soft_targets(trained, str(corpus / "pair"), ["t1", "t2"], shown=3)
+    model, task, config = results_trained.load(trained, str(corpus / "pair"))
+    teacher = task.build_criterion(config.criterion)._new_teacher(torch.device("cpu"))
+    teacher.refresh(model.decoder.output_projection.weight)
+    for word, cell in zip(["t1", "t2"], cells):
+        soft = teacher.soft_target(torch.tensor([task.target_dictionary.index(word)]))
+        pairs = zip(soft.ids[0, 1:4].tolist(), soft.weights[0, 1:4].tolist())
+        assert cell == ", ".join(f"{task.target_dictionary[i]} {q:.3f}" for i, q in pairs)
+    with pytest.raises(SystemExit, match="not in the target dictionary are nothing"):
+        soft_targets.soft_targets(trained, str(corpus / "pair"), ["nothing"], shown=3)
+    with pytest.raises(SystemExit, match="there is no checkpoint"):
+        results_trained.load(corpus / "none.pt", str(corpus / "pair"))
+
+
+def test_plausibility_by_its_definition(trained, corpus):
+    loaded = results_trained.load(trained, str(corpus / "pair"))
+    head, near, *_, frequent = plausibility.plausibility(loaded, "valid", 4)
+    assert head[0] == "candidates"
+    words = [word for line in (corpus / "train.tgt").open() for word in line.split()]
+    dictionary = loaded.task.target_dictionary
+    common = [dictionary.index(word) for word, _ in Counter(words).most_common(4)]
+    eligible = torch.tensor([dictionary.index(word) for word in sorted(set(words))]).sort().values
+    table = loaded.model.decoder.output_projection.weight
+    nearest = nearest_neighbors(table, 4, eligible).ids
+    for line, named in ((near, lambda t: nearest[t].tolist()), (frequent, lambda t: common)):
+        elsewhere = on = wrong = among = 0.0
+        for lprobs, target in results_trained.predictions(loaded, "valid"):
+            for row, t in zip(lprobs.exp().tolist(), target.tolist()):
+                first = row.index(max(row))
+                elsewhere += 1 - row[t]
+                on += sum(row[j] for j in named(t) if j != t)
+                wrong += first != t
+                among += first != t and first in named(t)
+        found = f"{on / elsewhere:.1%}", f"{among / wrong:.1%}"
+        assert line[:3] == [line[0], *found]
+    counts = sorted(Counter(words)[dictionary[i]] for i in common)
+    assert frequent[3] == str(counts[1])
