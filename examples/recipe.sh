@@ -310,9 +310,9 @@ binarise_text() {  # FOLDER: fairseq-preprocess of one language, every word that
 # ---- Training ------------------------------------------------------------------------------------
 
 # train_options CRITERION [OPTIONS]: sets CRITERION, OUT, SMOKE, SEED, RUN, PRECISION, JOINED, BIG,
-# VALID; the rest, for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
+# VALID, BEST; the rest, for fairseq, is in EXTRA. evaluate.sh takes the same, so that it finds the run.
 train_options() {
-    SMOKE="" OUT="" SEED=1 NAME="" PRECISION=auto JOINED="" BIG="" VALID="" EXTRA=() OWN=("${@:1:1}")
+    SMOKE="" OUT="" SEED=1 NAME="" PRECISION=auto JOINED="" BIG="" VALID="" BEST="" EXTRA=() OWN=("${@:1:1}")
     [ $# -gt 0 ] || help
     case " $* " in *" -h "* | *" --help "*) help ;; esac
     CRITERION=$1
@@ -330,6 +330,7 @@ train_options() {
             --smoke) SMOKE=yes OWN+=("$1") && shift ;;
             --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
             --big) offered "$1" && BIG=-big OWN+=("$1") && shift ;;
+            --best) offered "$1" && BEST=yes && shift ;;
             --valid) offered "$1" && VALID=yes && shift ;;
             --save-dir) stop "$1 is set by the recipe; --out DIR and --name NAME choose the folder" ;;
             --distributed-world-size)
@@ -497,9 +498,9 @@ score() {
     same_lines "$reference" "$result.txt"
     cp "$reference" "$result.ref"
     say "$title, detokenised text (the figure to quote, with its signature):"
-    sacrebleu "$reference" -i "$result.txt" -m bleu chrf -f text "$@"
+    sacrebleu "$reference" -i "$result.txt" -m bleu chrf -f text --width 2 "$@"
     echo "$title, tokenised text (as papers of this task quote it; not comparable with the above):"
-    sacrebleu "$tokens" -i "$result.tok" -m bleu --tokenize none --force -f text
+    sacrebleu "$tokens" -i "$result.tok" -m bleu --tokenize none --force -f text --width 2
 }
 
 # perplexity TOKENS_PER_SAMPLE CONTEXT_WINDOW OPTIONS...: of validation and, but for --valid, test text

@@ -1,12 +1,14 @@
 """Train and score all arms with all seeds: ``python -m results`` (or ``make results``).
 
-What is run is declared in ``experiments.yaml``. A run is a recipe's ``train.sh`` and then its
-``evaluate.sh``. Both go on where they were interrupted, so the same command runs what is missing.
+What is run is declared in ``experiments.yaml``. A run is a recipe's ``train.sh``, its
+``evaluate.sh`` and `results.calibration`. They go on where they were interrupted, so the same
+command runs what is missing.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import fcntl
 import os
 import shlex
 import signal
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import List, Set
+from typing import Iterator, List, Set
 
 from results import calibration, collect
 from results.plan import ROOT, PlanError, Run, read
@@ -31,14 +33,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; allowed: 1 or more")
+    # `kill` and the end of a terminal, unless under nohup, must not leave trainings behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         runs = read(args.plan, args.out.resolve())
+        failure = Runner(runs, args.jobs).run()
+        found = [run for run in runs if collect.complete(run)]
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results: {error}")
-    # `kill`, too, must not leave trainings behind; in the background there is no Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failure = Runner(runs, args.jobs).run()
-    found = [run for run in runs if collect.complete(run)]
     if found:
         collect.write([row for run in found for row in collect.rows(run)], args.csv)
     print(f"{len(found)} of {len(runs)} runs are complete; their figures are in {args.csv}")
@@ -65,69 +69,90 @@ class Runner:
                 numbered = enumerate(self.runs, start=1)
                 futures = [pool.submit(self._one, n, run) for n, run in numbered]
                 for future in concurrent.futures.as_completed(futures):
-                    future.result()
+                    with contextlib.suppress(Stopped):  # because of another one
+                        future.result()
             except KeyboardInterrupt:
-                self._stop()
                 return "\nInterrupted. The same command goes on from here."
             except RunError as error:
-                self._stop()
                 return f"\npython -m results: {error}"
+            finally:
+                self._stop()
         return ""
 
     def _one(self, number: int, run: Run) -> None:
         which = f"{run.experiment}, {run.task}, {run.arm}, seed {run.seed}"
         title = f"[{number}/{len(self.runs)}] {which}"
-        if collect.complete(run):
-            print(f"{title}: complete already", flush=True)
-            return
-        if self.stopped:
-            return
-        began = time.time()
         run.folder.mkdir(parents=True, exist_ok=True)
-        collect.began(run, self.threads)
-        if not (run.folder / "done").exists():
-            print(f"{title}: training, log {run.folder}/train.log", flush=True)
-            try:
-                self._command(run.train, run.folder / "train.out", "wb")
-            finally:
-                collect.trained_for(run, (time.time() - began) / 60)
-        print(f"{title}: evaluation on {run.text}", flush=True)
-        partial = run.evaluation.with_suffix(".partial")
-        found = {}
-        for length_penalty in run.length_penalties:
-            self._command(run.evaluate("valid", length_penalty), partial, "wb")
-            scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
-            found[length_penalty] = scores["valid BLEU"]
-        # Of equal ones the first.
-        best = max(found, key=lambda penalty: found[penalty]) if found else None
-        self._command(run.evaluate(run.text, best), partial, "wb")
-        with partial.open("a") as file:
-            file.writelines(collect.length_penalty_lines(found, best))
-        self._command(calibration.command(run), partial, "ab")
-        partial.replace(run.evaluation)
-        figures = ", ".join(f"{row['measure']} {row['value']}" for row in collect.rows(run))
+        with self._alone(run, title) as lock:
+            if collect.complete(run):
+                print(f"{title}: complete already", flush=True)
+                return
+            began = time.time()
+            collect.began(run, self.threads)
+            if not (run.folder / "done").exists():
+                print(f"{title}: training, log {run.folder}/train.log", flush=True)
+                self._command(run.train, run.folder / "train.out", "wb", lock)
+            print(f"{title}: evaluation on {run.text}", flush=True)
+            partial = run.evaluation.with_suffix(".partial")
+            found = {}
+            for length_penalty in run.length_penalties:
+                self._command(run.evaluate("valid", length_penalty), partial, "wb", lock)
+                scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
+                found[length_penalty] = scores["valid BLEU"]
+            best = max(found, key=lambda penalty: found[penalty]) if found else None
+            self._command(run.evaluate(run.text, best), partial, "wb", lock)
+            with partial.open("a") as file:
+                file.writelines(collect.length_penalty_lines(found, best))
+            self._command(calibration.command(run), partial, "ab", lock)
+            rows = collect.rows(run, partial)
+            partial.replace(run.evaluation)
+        figures = ", ".join(f"{row['measure']} {row['value']}" for row in rows)
         print(f"{title}: {figures}; {(time.time() - began) / 60:.1f} minutes", flush=True)
 
-    def _command(self, command: List[str], output: Path, mode: str) -> None:
+    def _command(self, command: List[str], output: Path, mode: str, lock: int) -> None:
         with output.open(mode) as file, self.lock:
             if self.stopped:
-                raise RunError("stopped")
+                raise Stopped
             process = subprocess.Popen(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env=self.environment,
+                pass_fds=[lock],
                 start_new_session=True,  # a group of its own, which can be stopped as a whole
             )
             self.processes.add(process.pid)
         status = process.wait()
         with self.lock:
             self.processes.remove(process.pid)
-            self.stopped = self.stopped or status != 0  # nothing else is begun
+            if self.stopped:
+                raise Stopped
+            self.stopped = status != 0  # nothing else is begun
         if status != 0:
             tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
             raise RunError(f"{shlex.join(command)} failed; the end of {output}:\n{tail}")
+
+    @contextlib.contextmanager
+    def _alone(self, run: Run, title: str) -> Iterator[int]:
+        """Hold a run's folder, so that no two processes share it, and give the lock.
+
+        What is started with the lock keeps it, also if this program is killed with no chance to
+        stop it. Then the next one waits for its end.
+        """
+        with (run.folder / "lock").open("w") as file:
+            told = False
+            while not self.stopped:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if not told:
+                    print(f"{title}: waiting for another process in {run.folder}", flush=True)
+                    told = True
+                time.sleep(1)
+            else:
+                raise Stopped
+            yield file.fileno()
 
     def _stop(self) -> None:
         with self.lock:
@@ -139,6 +164,10 @@ class Runner:
 
 class RunError(Exception):
     """A command has failed; the message holds the end of its output."""
+
+
+class Stopped(Exception):
+    """Something else has failed, or all are to stop."""
 
 
 if __name__ == "__main__":

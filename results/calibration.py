@@ -1,7 +1,8 @@
 """How far a model's probabilities can be believed: ``python -m results.calibration``.
 
 Every target word of a text is predicted from the true words before it. A model is calibrated if, of
-the choices that it makes with a probability of 0.7, 70 % are right.
+the choices that it makes with a probability of 0.7, 70 % are right. (A language model reads blocks
+of the length that it was trained with, each without the words before it.)
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from results.plan import Run
-from results.trained import load, predictions
+from results.trained import Trained, load, predictions
 
 BINS = 15
 
@@ -80,10 +81,10 @@ def calibration(confidence: Tensor, right: Tensor, nll: Tensor) -> Calibration:
     )
 
 
-def predict(checkpoint: Path, data: str, subset: str) -> Calibration:
-    """Let the model of a checkpoint predict every word of a text; see `results.trained`."""
+def predict(trained: Trained, subset: str) -> Calibration:
+    """Let a model predict every word of a text; see `results.trained`."""
     parts: List[List[Tensor]] = [[], [], []]
-    for lprobs, target in predictions(load(checkpoint, data), subset):
+    for lprobs, target in predictions(trained, subset):
         best = lprobs.max(1)
         nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
         for part, values in zip(parts, (best.values.exp(), best.indices.eq(target), nll)):
@@ -92,21 +93,25 @@ def predict(checkpoint: Path, data: str, subset: str) -> Calibration:
 
 
 def command(run: Run) -> List[str]:
-    """Return the command that predicts a run's text, after its evaluation."""
+    """Return the command that predicts all of a run's texts, after its evaluation."""
     average = run.folder / "average.pt"
     checkpoint = average if average.exists() else run.folder / "checkpoint_best.pt"
-    program = [sys.executable, "-m", "results.calibration"]
-    return [*program, str(run.out / "data"), "--path", str(checkpoint), "--gen-subset", run.text]
+    data = run.out / "data"
+    texts = sorted({path.name.split(".")[0] for path in data.glob(f"{run.text}*.bin")})
+    program = [sys.executable, "-m", "results.calibration", str(data)]
+    return [*program, "--path", str(checkpoint), "--gen-subset", ",".join(texts)]
 
 
 def main() -> None:
-    """Print the figures in one line."""
+    """Print the figures, one line a text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder made by fairseq-preprocess")
     parser.add_argument("--path", type=Path, required=True, help="a checkpoint")
-    parser.add_argument("--gen-subset", default="valid", help="default: valid")
+    parser.add_argument("--gen-subset", default="valid", help="with commas (default: valid)")
     args = parser.parse_args()
-    print(f"calibration on {args.gen_subset}: {predict(args.path, args.data, args.gen_subset)}")
+    trained = load(args.path, args.data)
+    for subset in args.gen_subset.split(","):
+        print(f"calibration on {subset}: {predict(trained, subset)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 import csv
 import json
+import math
 import os
 import platform
 import re
 import shlex
 import statistics
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import sacrebleu
 import torch
 from fairseq import __version__ as fairseq_version
 
 from fairseq_skd import __version__
-from results.plan import ROOT, Run
+from results.plan import ROOT, PlanError, Run
 
 Row = Dict[str, Union[str, int, float]]
 Curve = List[Tuple[int, float]]
@@ -30,32 +31,46 @@ _CALIBRATION = re.compile(r"^calibration on (\w+): (.*)$")
 
 
 def complete(run: Run) -> bool:
-    """Whether a run is trained and scored."""
+    """Whether a run is trained and scored, as it is declared.
+
+    Raises
+    ------
+    PlanError
+        If its folder holds a run that was declared otherwise.
+    """
+    path = run.folder / "conditions.json"
+    if not path.exists():
+        return False
+    conditions = json.loads(path.read_text())
+    if conditions["command"] != _shown(run.train):
+        raise PlanError(
+            f"{run.folder} holds another run than is declared:\n  {conditions['command']}\n"
+            f"now:\n  {_shown(run.train)}\nGive the arm another name, or remove the folder"
+        )
     return (run.folder / "done").exists() and run.evaluation.exists()
 
 
 def began(run: Run, threads: int) -> None:
-    """Note under which conditions a run is trained, unless that is noted already."""
+    """Note what is trained, and under which conditions, unless that is noted already."""
     path = run.folder / "conditions.json"
-    if not path.exists():
-        conditions = {
-            "fairseq_skd": __version__,
-            "fairseq": fairseq_version,
-            "torch": torch.__version__,
-            "sacrebleu": sacrebleu.__version__,
-            "python": platform.python_version(),
-            "device": _device(threads),
-            "training_minutes": 0.0,
-        }
-        path.write_text(json.dumps(conditions))
+    if path.exists():
+        return
+    conditions = {
+        "fairseq_skd": __version__,
+        "fairseq": fairseq_version,
+        "torch": torch.__version__,
+        "sacrebleu": sacrebleu.__version__,
+        "python": platform.python_version(),
+        "device": _device(threads),
+        "command": _shown(run.train),
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(conditions))
+    partial.replace(path)
 
 
-def trained_for(run: Run, minutes: float) -> None:
-    """Add to the time that a run has taken; an interrupted one is trained in several parts."""
-    path = run.folder / "conditions.json"
-    conditions = json.loads(path.read_text())
-    conditions["training_minutes"] = round(conditions["training_minutes"] + minutes, 2)
-    path.write_text(json.dumps(conditions))
+def _shown(command: Sequence[str]) -> str:
+    return shlex.join([argument.replace(f"{ROOT}/", "") for argument in command])
 
 
 def _device(threads: int) -> str:
@@ -66,39 +81,39 @@ def _device(threads: int) -> str:
     return f"{name}, {threads} of {os.cpu_count()} cores"
 
 
-def rows(run: Run) -> List[Row]:
+def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
     """Return a row for each figure of a complete run, each with all that repeats it."""
-    conditions: Dict[str, Any] = json.loads((run.folder / "conditions.json").read_text())
-    conditions["command"] = shlex.join([_short(argument) for argument in run.train])
+    conditions: Row = json.loads((run.folder / "conditions.json").read_text())
     which: Row = {"experiment": run.experiment, "task": run.task, "arm": run.arm, "seed": run.seed}
-    evaluation = run.evaluation.read_text(encoding="utf-8")
-    figures = [*_training(log(run)), *scores(evaluation)]
+    text = (evaluation or run.evaluation).read_text(encoding="utf-8")
+    figures = [*_training(run), *scores(text)]
+    penalty = next((value for name, value, _ in figures if name == "length penalty"), None)
+    conditions["evaluation"] = _shown(run.evaluate(run.text, penalty))
     return [
         {**which, "measure": measure, "value": value, "signature": signature, **conditions}
         for measure, value, signature in figures
     ]
 
 
-def log(run: Run) -> str:
-    """Return the log of a training."""
-    return (run.folder / "train.log").read_text(encoding="utf-8")
-
-
-def curve(log: str) -> Curve:
+def curve(run: Run) -> Curve:
     """Return the validation perplexity after so many updates, as often as it was measured."""
-    valid = [_fields(line) for line in log.splitlines() if " | valid | " in line]
-    return [(int(fields["num_updates"]), fields["ppl"]) for fields in valid]
+    points = [(int(f["num_updates"]), f["ppl"]) for f in _lines(run, "valid")]
+    if run.criterion.endswith("_with_rdrop"):
+        # fairseq's R-Drop sums over every sentence twice, in validation too, and divides by the
+        # words of one: what it logs is the square.
+        return [(updates, math.sqrt(perplexity)) for updates, perplexity in points]
+    return points
 
 
-def _training(log: str) -> Iterator[Tuple[str, float, str]]:
+def _training(run: Run) -> Iterator[Tuple[str, float, str]]:
     """Yield validation figures at the lowest perplexity, and what an update takes."""
-    valid = curve(log)
+    valid = curve(run)
     updates, best = min(valid, key=lambda point: point[1])
-    yield "validation perplexity", best, ""
+    yield "validation perplexity", round(best, 2), ""
     yield "updates to it", updates, ""
     yield "updates", valid[-1][0], ""
     # train_wall: seconds since the line before, without validation and saving.
-    inner = [_fields(line) for line in log.splitlines() if " | train_inner | " in line]
+    inner = _lines(run, "train_inner")
     done = [0.0, *(fields["num_updates"] for fields in inner)]
     seconds = [
         fields["train_wall"] / (now - before)
@@ -107,11 +122,18 @@ def _training(log: str) -> Iterator[Tuple[str, float, str]]:
     ]
     if seconds:
         yield "seconds an update", round(statistics.median(seconds), 3), ""
+        yield "minutes of updates", round(sum(f["train_wall"] for f in inner) / 60, 1), ""
+
+
+def _lines(run: Run, kind: str) -> List[Dict[str, float]]:
+    """Return the figures of all lines of one kind in the log of a training."""
+    log = (run.folder / "train.log").read_text(encoding="utf-8")
+    return [_fields(line) for line in log.splitlines() if f" | {kind} | " in line]
 
 
 def _fields(line: str) -> Dict[str, float]:
     """Return the figures of a line of fairseq's log, ``name value`` or ``name=value``."""
-    found = re.findall(r"(\w+)[ =](-?[\d.]+(?:e[+-]?\d+)?)(?= \||,|$)", line.rstrip())
+    found = re.findall(r"(\w+)[ =](-?[\d.]+(?:e[+-]?\d+)?|nan|inf)(?= \||,|$)", line.rstrip())
     return {name: float(value) for name, value in found}
 
 
@@ -152,15 +174,23 @@ def length_penalty_lines(found: Dict[float, float], best: Optional[float]) -> It
 
 
 def write(found: List[Row], path: Path) -> None:
-    """Write rows, at least one, as CSV, whole or not at all."""
+    """Write rows, at least one, as CSV, whole or not at all.
+
+    Rows of other runs that the file holds stay in it, since their folders may be elsewhere.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+        ours = {_key(row) for row in found}
+        found = [*(row for row in old if _key(row) not in ours), *found]
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(found[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     partial.replace(path)
 
 
-def _short(argument: str) -> str:
-    return argument.replace(f"{ROOT}/", "")
+def _key(row: Mapping[str, Any]) -> Tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("experiment", "task", "arm", "seed"))

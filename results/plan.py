@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from omegaconf import OmegaConf
 
@@ -32,6 +32,8 @@ class Run:
         Of ``train.sh``.
     options : sequence of str
         For fairseq-train.
+    evaluation_options : sequence of str
+        For ``evaluate.sh``.
     length_penalties : sequence of float
         Of which the one with the best BLEU on validation text is taken; none: the recipe's.
     """
@@ -45,6 +47,7 @@ class Run:
     out: Path
     criterion: str
     options: Sequence[str]
+    evaluation_options: Sequence[str] = ()
     length_penalties: Sequence[float] = ()
 
     @property
@@ -66,7 +69,8 @@ class Run:
         """Return the command that scores one of the texts."""
         only_valid = ["--valid"] if text == "valid" else []
         generation = [] if length_penalty is None else ["--lenpen", str(length_penalty)]
-        return [str(self.recipe / "evaluate.sh"), *self._which(), *only_valid, *generation]
+        options = [*only_valid, *self.evaluation_options, *generation]
+        return [str(self.recipe / "evaluate.sh"), *self._which(), *options]
 
     def _which(self) -> List[str]:
         name = ["--out", str(self.out), "--name", self.folder.name, "--seed", str(self.seed)]
@@ -111,11 +115,12 @@ def read(path: Path, out: Path) -> List[Run]:
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
                 criterion = arms[arm]["criterion"]
-                options = [
+                given = [
                     *tasks[name].get("options", []),
                     *(tasks[name].get("self_kd", []) if criterion == "self_kd" else []),
                     *arms[arm].get("options", []),
                 ]
+                places = {"root": ROOT, "out": folder, "task": name, "seed": seed}
                 run = Run(
                     experiment=experiment["name"],
                     task=name,
@@ -125,7 +130,8 @@ def read(path: Path, out: Path) -> List[Run]:
                     recipe=recipe,
                     out=folder,
                     criterion=criterion,
-                    options=[_placed(str(option), folder, seed) for option in options],
+                    options=[_placed(str(option), places) for option in _flat(given)],
+                    evaluation_options=_flat(tasks[name].get("evaluate", [])),
                     length_penalties=experiment.get("length_penalties", []),
                 )
                 if trained.setdefault(run.folder, run.train) != run.train:
@@ -136,9 +142,15 @@ def read(path: Path, out: Path) -> List[Run]:
     return runs
 
 
-def _placed(option: str, out: Path, seed: int) -> str:
-    for name, value in (("{root}", ROOT), ("{out}", out), ("{seed}", seed)):
-        option = option.replace(name, str(value))
+def _flat(options: Sequence[Any]) -> List[Any]:
+    """Return options in one list; a declaration may hold them in several."""
+    lists = (option if isinstance(option, list) else [option] for option in options)
+    return [option for part in lists for option in part]
+
+
+def _placed(option: str, places: Mapping[str, Any]) -> str:
+    for name, value in places.items():
+        option = option.replace(f"{{{name}}}", str(value))
     return option
 
 

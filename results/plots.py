@@ -14,23 +14,24 @@ MEASURES = [
 ]
 
 
-def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
+def arms(values: Dict[str, Dict[str, List[float]]], baseline: str, path: Path) -> None:
     """Draw one row an arm and one panel a measure (SVG).
 
     A dot is the mean over seeds, its line one standard deviation to either side; the vertical line
-    is the first arm's mean, the baseline's.
+    is the baseline's mean.
 
     Parameters
     ----------
     values : dict
         For each arm and measure the figures of all seeds.
+    baseline : str
+        An arm; without a line if there are no figures of it.
     path : Path
         Of the SVG.
     """
     pyplot = svg_pyplot()
     names = list(values)
-    baseline = values[names[0]]
-    measures = [measure for measure in MEASURES if measure in baseline]
+    measures = [name for name in MEASURES if any(name in found for found in values.values())]
     figure, axes = pyplot.subplots(
         *(1, len(measures)),
         figsize=(2.5 + 2.2 * len(measures), 0.9 + 0.22 * len(names)),
@@ -43,7 +44,9 @@ def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
             if found:
                 deviation = statistics.stdev(found) if len(found) > 1 else 0
                 axis.errorbar(statistics.fmean(found), place, xerr=deviation, fmt="o", color="C0")
-        axis.axvline(statistics.fmean(baseline[measure]), color="black", linewidth=0.8)
+        if measure in values.get(baseline, {}):
+            mean = statistics.fmean(values[baseline][measure])
+            axis.axvline(mean, color="black", linewidth=0.8)
         axis.set_xlabel(measure)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()

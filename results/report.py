@@ -1,8 +1,9 @@
 """Tables of the results, as Markdown, and their plots: ``python -m results.report``.
 
-For every experiment the mean and the standard deviation over seeds of every figure. What was
-translated is also tested, seed by seed, against the first arm of the experiment, its baseline: the
-difference of BLEU and chrF2 and the p of sacrebleu's paired bootstrap (Koehn 2004).
+For every experiment the mean and the standard deviation over seeds of every figure; "(2 of 3)"
+where not all seeds have it. What was translated is also tested, seed by seed, against the first
+declared arm of the experiment, its baseline: the difference of BLEU and chrF2 and the p of
+sacrebleu's paired bootstrap (Koehn 2004).
 """
 
 import argparse
@@ -30,37 +31,41 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder for the plots")
     args = parser.parse_args()
     try:
-        runs = [run for run in read(args.plan, args.out.resolve()) if collect.complete(run)]
+        declared = read(args.plan, args.out.resolve())
+        complete = [run for run in declared if collect.complete(run)]
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results.report: {error}")
-    if not runs:
+    if not complete:
         sys.exit("python -m results.report: no run is complete yet; first:  python -m results")
     args.plots.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(run.experiment for run in runs):
-        experiment = [run for run in runs if run.experiment == name]
-        print("\n".join(tables(experiment)))
-        plots.arms(values(experiment), args.plots / f"results-{name}.svg")
+    for name in dict.fromkeys(run.experiment for run in complete):
+        baseline = next(run.arm for run in declared if run.experiment == name)
+        runs = [run for run in complete if run.experiment == name]
+        print("\n".join(tables(runs, baseline)))
+        plots.arms(values(runs, baseline), baseline, args.plots / f"results-{name}.svg")
         curves: Dict[str, List[collect.Curve]] = {}
-        for run in experiment:
-            curves.setdefault(run.arm, []).append(collect.curve(collect.log(run)))
+        for run in runs:
+            curves.setdefault(run.arm, []).append(collect.curve(run))
         plots.curves(curves, args.plots / f"results-{name}-curves.svg")
 
 
-def tables(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the tables of one experiment, each below the name of what it is about."""
+def tables(runs: Sequence[Run], baseline: str) -> Iterator[str]:
+    """Yield the tables of one experiment's complete runs, each below what it is about."""
     yield f"## {runs[0].experiment}: {runs[0].task}\n"
-    found = values(runs)
+    found = values(runs, baseline)
     measures = list(dict.fromkeys(name for figures in found.values() for name in figures))
     for group in dict.fromkeys(_group(name) for name in measures):
         names = [name for name in measures if _group(name) == group]
         heads = [name if group == TRAINING else name[len(group) + 1 :] for name in names]
         lines = [["arm", "seeds", *heads]]
         for arm, figures in found.items():
-            seeds = str(len({run.seed for run in runs if run.arm == arm}))
-            lines.append([arm, seeds, *(_mean(figures.get(name, [])) for name in names)])
+            seeds = len({run.seed for run in runs if run.arm == arm})
+            cells = (_mean(figures.get(name, []), seeds) for name in names)
+            lines.append([arm, str(seeds), *cells])
         yield f"{group}\n\n{table(lines)}\n"
-        if (runs[0].folder / f"{group}.ref").exists():
-            yield f"{group}, difference to {runs[0].arm} (p)\n\n{significance(runs, group)}\n"
+        if (runs[0].folder / f"{group}.ref").exists() and baseline in found:
+            differences = significance(runs, baseline, group)
+            yield f"{group}, difference to {baseline} (p)\n\n{differences}\n"
 
 
 def _group(measure: str) -> str:
@@ -68,16 +73,18 @@ def _group(measure: str) -> str:
     return TRAINING if group in ("validation", "updates", "seconds", "minutes") else group
 
 
-def values(runs: Sequence[Run]) -> Dict[str, Dict[str, List[float]]]:
+def values(runs: Sequence[Run], baseline: str) -> Dict[str, Dict[str, List[float]]]:
     """Return the figures of all seeds, by arm and measure."""
     found: Dict[str, Dict[str, List[float]]] = {}
+    best = {
+        run.seed: min(perplexity for _, perplexity in collect.curve(run))
+        for run in runs
+        if run.arm == baseline
+    }
     for run in runs:
         figures = {str(row["measure"]): float(row["value"]) for row in collect.rows(run)}
-        baseline = [other for other in runs if (other.arm, other.seed) == (runs[0].arm, run.seed)]
-        if baseline and "seconds an update" in figures:
-            updates = updates_to(
-                run, min(ppl for _, ppl in collect.curve(collect.log(baseline[0])))
-            )
+        if run.seed in best and "seconds an update" in figures:
+            updates = updates_to(run, best[run.seed])
             if updates is not None:
                 figures[REACHED] = updates * figures["seconds an update"] / 60
         for name, value in figures.items():
@@ -87,13 +94,11 @@ def values(runs: Sequence[Run]) -> Dict[str, Dict[str, List[float]]]:
 
 def updates_to(run: Run, perplexity: float) -> Optional[int]:
     """Return after how many updates a validation perplexity was reached, None if it never was."""
-    reached = (updates for updates, ppl in collect.curve(collect.log(run)) if ppl <= perplexity)
-    return next(reached, None)
+    return next((updates for updates, ppl in collect.curve(run) if ppl <= perplexity), None)
 
 
-def significance(runs: Sequence[Run], text: str) -> str:
-    """Return one row an arm: for each seed the differences to the first arm, and their p."""
-    baseline = runs[0].arm
+def significance(runs: Sequence[Run], baseline: str, text: str) -> str:
+    """Return one row an arm: for each seed the differences to the baseline, and their p."""
     seeds = sorted({run.seed for run in runs})
     metrics = ("BLEU", "chrF2")
     lines = [["arm", *(f"{metric}, seed {seed}" for seed in seeds for metric in metrics)]]
@@ -124,11 +129,13 @@ def _lines(path: Path) -> List[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def _mean(found: Sequence[float]) -> str:
+def _mean(found: Sequence[float], seeds: int) -> str:
     if not found:
         return ""
     mean = f"{statistics.fmean(found):.4g}"
-    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.2g}"
+    if len(found) > 1:
+        mean += f" ± {statistics.stdev(found):.2g}"
+    return mean if len(found) == seeds else f"{mean} ({len(found)} of {seeds})"
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from fairseq_skd.criterion import SelfKDCriterion
 from fairseq_skd.output_projection import find_output_projection
+from results import self_kd_controls  # noqa: F401  (their checkpoints, too)
 from results.report import table
 from results.trained import load
 

@@ -67,6 +67,30 @@ def test_random_words_get_the_masses_of_the_nearest(tables):
     assert loss != other_loss
 
 
+def test_random_words_are_those_of_their_seed(tables):
+    ((_, _, near), (_, _, one)), ((_, _, same), (_, _, other)) = (
+        tables("self_kd_random", "--self-kd-random-seed", seed) for seed in (1, 2)
+    )
+    assert (near.ids == same.ids).all()
+    assert (one.ids != other.ids).any()
+
+
+def test_the_first_table_stays(build, train_step):
+    built = build(*TRAINED, "--criterion", "self_kd_frozen", "--self-kd-start-update", 3)
+    table = find_output_projection(built.model, len(built.task.target_dictionary)).weight
+    first = table.detach().clone()
+    train_step(built, built.samples[0], 0)
+    with torch.no_grad():
+        table.copy_(table.roll(1, 0))
+    train_step(built, built.samples[0], 6000)
+    eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
+    expected = nearest_neighbors(first, 4, eligible).ids
+    assert (built.criterion._teacher._table.ids[:, 1:] == expected).all()
+    resumed = build(*TRAINED, "--criterion", "self_kd_frozen")
+    with pytest.raises(RuntimeError, match="remove its folder and begin again"):
+        train_step(resumed, resumed.samples[0], 7)
+
+
 def test_masses_by_rank(tables):
     (_, _, near), (_, _, ranked) = tables("self_kd_rank")
     assert (ranked.ids == near.ids).all()

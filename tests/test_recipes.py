@@ -212,8 +212,9 @@ def test_an_experiment_on_validation_text(prepared, tmp_path):
     controls = ["--user-dir", "{root}/results/self_kd_controls", "--criterion", "self_kd_random"]
     experiment = {"name": "small", "task": "multi30k", "text": "valid"}
     experiment.update(seeds=[1], arms=["random"], length_penalties=[0.6])
+    task = {"recipe": "translation/multi30k", "options": small, "evaluate": ["--best"]}
     plan = {
-        "tasks": {"multi30k": {"recipe": "translation/multi30k", "options": small}},
+        "tasks": {"multi30k": task},
         "arms": {"random": {"criterion": "self_kd", "options": controls}},
         "experiments": [experiment],
     }

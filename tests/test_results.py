@@ -19,10 +19,11 @@ tasks:
   translate:
     recipe: translation/multi30k
     options: [--lr, 0.5]
-    self_kd: [--self-kd-start-update, 7]
+    self_kd: [[--self-kd-start-update, 7], [--self-kd-weight, 0.3]]
+    evaluate: [--best]
 arms:
   plain: {criterion: label_smoothed_cross_entropy}
-  near: {criterion: self_kd, options: [--self-kd-top-k, 3, "{root}/{out}", "of{seed}"]}
+  near: {criterion: self_kd, options: [--self-kd-top-k, 3, "{root}/{out}", "{task}{seed}"]}
 experiments:
   - {name: first, task: translate, text: test, seeds: [1, 2], arms: [plain, near]}
 """
@@ -40,6 +41,7 @@ test2016, en-de, tokenised text (as papers of this task quote it; not comparable
 BLEU|nrefs:1|tok:none|version:2.6.0 = 37.5 69/45/31/23 (BP = 0.960 ratio = 0.961 hyp_len = 9)
 calibration on test: words 90, accuracy 0.6100, ECE 0.0250, nll of its own choices 0.5000
 """
+FIGURES = 12  # of a run with this log and this evaluation
 
 
 def prepare(tmp_path, text=PLAN):
@@ -71,22 +73,18 @@ def test_a_plan_is_read_seed_by_seed(tmp_path):
     assert runs[1].train == [
         *(str(ROOT / "examples/translation/multi30k/train.sh"), "self_kd"),
         *("--out", str(tmp_path / "multi30k"), "--name", "translate-near-seed1", "--seed", "1"),
-        *("--lr", "0.5", "--self-kd-start-update", "7", "--self-kd-top-k", "3"),
-        *(f"{ROOT}/{tmp_path}/multi30k", "of1"),
+        *("--lr", "0.5", "--self-kd-start-update", "7", "--self-kd-weight", "0.3"),
+        *("--self-kd-top-k", "3", f"{ROOT}/{tmp_path}/multi30k", "translate1"),
     ]
     assert runs[0].train[8:] == ["--lr", "0.5"]
-    assert runs[1].evaluate("test")[1:] == runs[1].train[1:8]
+    assert runs[1].evaluate("test")[1:] == [*runs[1].train[1:8], "--best"]
 
 
 def test_an_experiment_on_validation_text_leaves_the_test_text_alone(tmp_path):
     text = PLAN + "  - {name: second, task: translate, text: valid, seeds: [1], arms: [near]}\n"
     runs = plan.read(prepare(tmp_path, text), tmp_path)
-    assert runs[-1].evaluate("valid", 1.4) == [
-        *runs[1].evaluate("test"),
-        "--valid",
-        "--lenpen",
-        "1.4",
-    ]
+    options = ["--valid", "--best", "--lenpen", "1.4"]
+    assert runs[-1].evaluate("valid", 1.4)[1:] == [*runs[1].train[1:8], *options]
     assert runs[-1].train == runs[1].train
     finish(runs[1])
     assert not collect.complete(runs[-1])  # trained, and not yet scored on that text
@@ -111,7 +109,9 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
     for recipe in ("multi30k", "wikitext2"):
         (tmp_path / recipe / "data").mkdir(parents=True)
     runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
-    assert {run.seed for run in runs if run.text == "test"} == {1, 2, 3}
+    # Nothing is scored on test text before its settings are chosen.
+    assert {run.text for run in runs} == {"valid"}
+    assert all("--self-kd-max-mass" in run.train for run in runs if run.criterion == "self_kd")
 
 
 def test_figures_are_those_of_log_and_evaluation(tmp_path):
@@ -123,6 +123,7 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     assert {row["measure"]: row["value"] for row in rows} == {
         **{"validation perplexity": 5.25, "updates to it": 240, "updates": 360},
         **{"seconds an update": 1.0},  # the median of 50 / 100 and 300 / 200
+        **{"minutes of updates": 5.8},
         **{"test2016 BLEU": 36.4, "test2016 length ratio": 0.959, "test2016 chrF2": 60.2},
         **{"test words": 90, "test accuracy": 0.61, "test ECE": 0.025},
         "test nll of its own choices": 0.5,
@@ -142,16 +143,50 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     assert list(collect.scores(line)) == [("valid perplexity", 120.5, "context:96")]
 
 
-def test_conditions_are_those_of_the_first_part_and_minutes_those_of_all(tmp_path):
+def test_conditions_are_those_of_the_beginning(tmp_path):
     run = plan.read(prepare(tmp_path), tmp_path)[0]
     finish(run)
-    collect.trained_for(run, 2.5)
     noted = json.loads((run.folder / "conditions.json").read_text())
     (run.folder / "conditions.json").write_text(json.dumps({**noted, "torch": "older"}))
     collect.began(run, threads=2)
-    collect.trained_for(run, 1.25)
-    assert {row["training_minutes"] for row in collect.rows(run)} == {3.75}
     assert {row["torch"] for row in collect.rows(run)} == {"older"}
+
+
+def test_a_run_that_was_declared_otherwise_is_not_taken_for_complete(tmp_path):
+    path = prepare(tmp_path)
+    for run in plan.read(path, tmp_path):
+        finish(run)
+    path.write_text(PLAN.replace("--lr, 0.5", "--lr, 0.25"))
+    done = results(tmp_path)
+    assert done.returncode != 0
+    assert "translate-plain-seed1 holds another run than is declared" in done.stdout
+    assert "--lr 0.25" in done.stdout
+
+
+def test_rows_of_runs_that_are_elsewhere_stay(tmp_path):
+    runs = plan.read(prepare(tmp_path), tmp_path)
+    for run in runs:
+        finish(run)
+    path = tmp_path / "out.csv"
+    collect.write([row for run in runs[:2] for row in collect.rows(run)], path)
+    collect.write([row for run in runs[1:3] for row in collect.rows(run)], path)
+    with path.open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 3 * FIGURES
+    assert {(row["arm"], row["seed"]) for row in found} == {
+        *(("plain", "1"), ("near", "1"), ("plain", "2")),
+    }
+
+
+def test_fairseqs_r_drop_logs_the_square_of_the_perplexity(tmp_path):
+    criterion = "label_smoothed_cross_entropy_with_rdrop"
+    text = PLAN.replace("criterion: label_smoothed_cross_entropy", f"criterion: {criterion}")
+    run = plan.read(prepare(tmp_path, text), tmp_path)[0]
+    finish(run)
+    assert collect.curve(run) == [(120, pytest.approx(9.5**0.5)), *collect.curve(run)[1:]]
+    assert {
+        row["value"] for row in collect.rows(run) if row["measure"] == "validation perplexity"
+    } == {2.29}
 
 
 def test_calibration_is_that_of_its_definition():
@@ -195,7 +230,7 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "3 of 4 runs are complete" in done.stdout
     with (tmp_path / "out.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert len(found) == 3 * 11
+    assert len(found) == 3 * FIGURES
     assert "Training with self_kd" in (runs[3].folder / "train.out").read_text()
     shutil.rmtree(runs[3].folder)
     finish(runs[3])
@@ -241,10 +276,13 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
         right = run.arm == "near" and run.seed == 1
         lines = reference if right else [line.replace("red", "green") for line in reference]
         (run.folder / "test2016.txt").write_text("\n".join(lines) + "\n")
-    training, scores, differences, predicted = list(report.tables(runs))[1:]
+    training, scores, differences, predicted = list(report.tables(runs, "plain"))[1:]
     assert training.splitlines()[0] == "training"
-    assert "| updates | seconds an update | minutes of updates to the baseline's best |" in training
-    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 4 ± 0 |" in training
+    assert (
+        "| seconds an update | minutes of updates | minutes of updates to the baseline's best |"
+        in training
+    )
+    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 4 ± 0 |" in training
     assert "| near | 2 | 36.4 ± 0 | 0.959 ± 0 | 60.2 ± 0 |" in scores
     assert predicted.startswith("test\n\n| arm | seeds | words | accuracy | ECE |")
     lines = differences.splitlines()
@@ -262,9 +300,9 @@ def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
     runs = plan.read(prepare(tmp_path), tmp_path)[:2]
     for run in runs:
         finish(run)
-    slower = collect.log(runs[1]).replace("ppl 5.25", "ppl 5.35")
-    (runs[1].folder / "train.log").write_text(slower)
-    training = list(report.tables(runs))[1].splitlines()
+    log = runs[1].folder / "train.log"
+    log.write_text(log.read_text().replace("ppl 5.25", "ppl 5.35"))
+    training = list(report.tables(runs, "plain"))[1].splitlines()
     assert training[-2].endswith("| 4 |")
     assert training[-1].endswith("|  |")
 

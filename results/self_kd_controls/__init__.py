@@ -7,6 +7,7 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 - ``self_kd_random``: the masses of the nearest neighbours go to words drawn at random.
 - ``self_kd_uniform``: the same mass goes to all words alike.
 - ``self_kd_other_table``: the neighbours are those of another model's table, and stay the same.
+- ``self_kd_frozen``: the neighbours are those before any training.
 - ``self_kd_whole_eos``: the end of the sentence gives nothing away.
 - ``self_kd_rank``: the mass of a neighbour falls with its rank, whatever its distance.
 - ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
@@ -24,16 +25,19 @@ from fairseq import checkpoint_utils
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
+from fairseq_skd import compatibility
 from fairseq_skd.criterion import SelfKDCriterion, SelfKDCriterionConfig
 from fairseq_skd.output_projection import OutputProjection
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
-# Fixed, so that a word keeps its random neighbours at every refresh and after a resume.
-SEED = 1
-
 
 class RandomTeacher(SelfTeacher):
-    """Words drawn at random, with replacement, get the masses of the nearest ones."""
+    """Words drawn at random, with replacement, get the masses of the nearest ones.
+
+    The criterion sets `seed`: a word keeps its neighbours at every refresh and after a resume.
+    """
+
+    seed: int
 
     def refresh(self, embedding: Tensor) -> None:
         """Measure the neighbours, then put random eligible words in their places."""
@@ -41,7 +45,7 @@ class RandomTeacher(SelfTeacher):
         assert self._table is not None
         ids, weights = self._table
         words = torch.arange(len(embedding)) if self.eligible is None else self.eligible.cpu()
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(self.seed)
         # Never the word itself: where it is drawn, the next one is taken.
         drawn = torch.randint(len(words), ids[:, 1:].shape, generator=generator)
         own = words[drawn] == ids[:, :1].cpu()
@@ -159,11 +163,27 @@ class DoubtCriterion(LogitsCriterion):
     teacher_class = DoubtTeacher
 
 
-@register_criterion("self_kd_random", dataclass=SelfKDCriterionConfig)
+@dataclass
+class RandomConfig(SelfKDCriterionConfig):
+    """Options of ``self_kd`` and one more."""
+
+    self_kd_random_seed: int = field(default=1, metadata={"help": "of the random neighbours"})
+
+
+@register_criterion("self_kd_random", dataclass=RandomConfig)
 class RandomCriterion(SelfKDCriterion):
     """The masses of the nearest neighbours go to words drawn at random."""
 
     teacher_class = RandomTeacher
+
+    def __init__(self, cfg: Any, task: Any) -> None:
+        super().__init__(cfg, task)
+        self._seed = cfg.self_kd_random_seed
+
+    def _new_teacher(self, device: torch.device) -> SelfTeacher:
+        teacher = super()._new_teacher(device)
+        teacher.seed = self._seed
+        return teacher
 
 
 @register_criterion("self_kd_rank", dataclass=SelfKDCriterionConfig)
@@ -218,6 +238,28 @@ class OtherTableCriterion(SelfKDCriterion):
         return teacher
 
 
+@register_criterion("self_kd_frozen", dataclass=SelfKDCriterionConfig)
+class FrozenCriterion(SelfKDCriterion):
+    """The neighbours are those of the first weights, before any training, and stay the same."""
+
+    teacher_class = OtherTableTeacher
+
+    def _new_teacher(self, device: torch.device) -> SelfTeacher:
+        teacher = super()._new_teacher(device)
+        teacher.other = self._first
+        return teacher
+
+    def _weight(self, model: Any) -> float:
+        if not hasattr(self, "_first"):
+            if compatibility.num_updates(model):
+                raise RuntimeError(
+                    "self_kd_frozen knows the first weights only in the process that began the "
+                    "training: remove its folder and begin again"
+                )
+            self._first = self._projection(model).weight.detach().clone()
+        return super()._weight(model)
+
+
 @register_criterion("self_kd_uniform", dataclass=SelfKDCriterionConfig)
 class UniformCriterion(SelfKDCriterion):
     """The same mass goes to all words alike.
@@ -225,7 +267,8 @@ class UniformCriterion(SelfKDCriterion):
     A soft target that gives ``max_mass`` to all other words alike is label smoothing with an
     epsilon of ``max_mass``, and a mixture of two label smoothings is one with the mixed epsilon. So
     this is label smoothing whose epsilon grows with the schedule of alpha. The mass of ``self_kd``
-    is its cap wherever the affinities add up to more, as they do with the automatic sigma.
+    is ``max_mass`` wherever the affinities add up to more, as they do with the automatic sigma and
+    a scale of 1; a control of another setting needs a ``max_mass`` of what that gives on average.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:
