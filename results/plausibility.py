@@ -2,8 +2,9 @@
 
 A trained model predicts every target word of a text from the true words before it, and gives some
 probability to other words. How much of that is on words that a kind of candidates names without a
-look at the sentence, how often is the model's wrong first choice among them, and how often does a
-candidate occur in the training text?
+look at the sentence, and how often is the model's wrong first choice among them? What explains the
+answer is printed beside it: how often a candidate occurs in the training text, and how long its
+vector is, in parts of the target's.
 
 The kinds are the k nearest words in the model's own table, by Euclidean distance and by cosine, and
 to compare with them k words at random and the k most frequent ones.
@@ -40,10 +41,13 @@ def plausibility(trained: Trained, subset: str, k: int) -> List[List[str]]:
     """Return the lines of the table, the head first."""
     counts = _counts(trained.task)
     candidates = _candidates(trained, k, counts)
+    weight = find_output_projection(trained.model, len(counts)).weight
+    lengths = weight.detach().norm(dim=1)
     elsewhere = wrong = 0.0
     on = dict.fromkeys(candidates, 0.0)
     among = dict.fromkeys(candidates, 0.0)
     occurrences: Dict[str, List[Tensor]] = {kind: [] for kind in candidates}
+    relative: Dict[str, List[Tensor]] = {kind: [] for kind in candidates}
     for lprobs, target in predictions(trained, subset):
         probabilities = lprobs.exp()
         own = target.unsqueeze(1)
@@ -56,11 +60,14 @@ def plausibility(trained: Trained, subset: str, k: int) -> List[List[str]]:
             on[kind] += (probabilities.gather(1, named) * other).sum().item()
             among[kind] += (named.eq(first) & other).any(1).sum().item()
             occurrences[kind].append(counts[named.cpu()].flatten())
+            relative[kind].append((lengths[named] / lengths[own]).flatten())
     head = ["candidates", "of the probability of other words", "of the wrong first choices"]
-    lines = [[*head, "median count of a candidate"]]
+    lines = [[*head, "median count", "median length"]]
     for kind in candidates:
         parts = f"{on[kind] / elsewhere:.1%}", f"{among[kind] / wrong:.1%}"
-        lines.append([kind, *parts, str(torch.cat(occurrences[kind]).median().item())])
+        count = torch.cat(occurrences[kind]).median().item()
+        length = torch.cat(relative[kind]).median().item()
+        lines.append([kind, *parts, str(count), f"{length:.2f}"])
     return lines
 
 
