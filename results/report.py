@@ -132,10 +132,14 @@ def _lines(path: Path) -> List[str]:
 def _mean(found: Sequence[float], seeds: int) -> str:
     if not found:
         return ""
-    mean = f"{statistics.fmean(found):.4g}"
+    mean = _four_digits(statistics.fmean(found))
     if len(found) > 1:
         mean += f" ± {statistics.stdev(found):.2g}"
     return mean if len(found) == seeds else f"{mean} ({len(found)} of {seeds})"
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10_000 else f"{value:.4g}"
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:

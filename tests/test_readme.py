@@ -1,6 +1,8 @@
 """What the README says is so."""
 
+import csv
 import re
+import statistics
 
 import torch
 
@@ -44,3 +46,18 @@ def test_the_benchmark_tables_are_those_of_the_measurement():
     for row in rows:
         if row["p20"]:  # times, not memory
             assert float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
+
+
+def test_the_page_of_results_has_the_figures_of_its_csv():
+    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    with (ROOT / "docs" / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figures = {}
+    for row in rows:
+        key = row["experiment"], row["arm"], row["measure"]
+        figures.setdefault(key, []).append(float(row["value"]))
+    assert figures
+    for (_, arm, measure), values in figures.items():
+        if measure in ("validation perplexity", "valid BLEU", "valid ECE"):
+            mean = f"| {statistics.fmean(values):.4g} "
+            assert any(line.startswith(f"| {arm} |") and mean in line for line in lines), arm
