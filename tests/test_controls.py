@@ -4,7 +4,6 @@ And the scripts that look into a trained model, here into one that a control has
 """
 
 import importlib
-import subprocess
 import sys
 from collections import Counter
 
@@ -14,7 +13,7 @@ import torch
 from fairseq_skd.criterion import eligible_words
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
-from results import plausibility, soft_targets
+from results import calibration, plausibility, soft_targets
 from results import trained as results_trained
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
@@ -173,13 +172,14 @@ def test_uniform_mass_is_label_smoothing_of_the_same_mass(build, train_step):
     assert evaluated == pytest.approx(expected)
 
 
-def test_a_control_is_calibrated_from_the_command_line(trained, corpus):
-    program = [sys.executable, "-m", "results.calibration", corpus / "pair", "--path", trained]
-    printed = subprocess.run(
-        [*map(str, program)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    words = sum(len(line.split()) + 1 for line in (corpus / "valid.tgt").open())
-    assert f"calibration on valid: words {words}, accuracy 0." in printed
+def test_a_control_is_calibrated(trained, corpus, monkeypatch, capsys):
+    arguments = ["calibration", corpus / "pair", "--path", trained, "--gen-subset", "valid,test"]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    calibration.main()
+    printed = capsys.readouterr().out
+    for text in ("valid", "test"):
+        words = sum(len(line.split()) + 1 for line in (corpus / f"{text}.tgt").open())
+        assert f"calibration on {text}: words {words}, accuracy 0." in printed
 
 
 def test_soft_targets_of_words_are_those_of_the_teacher(trained, corpus):
