@@ -78,7 +78,7 @@ value() {  # OPTION VALUE...: sets VALUE
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recipe has it, JOINED
+prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recipe has them, JOINED, MERGES
     LOCAL="" SMOKE="" OUT="" JOINED="" WORKERS=$(nproc) OWN=()
     while [ $# -gt 0 ]; do
         case $1 in
@@ -87,6 +87,7 @@ prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recip
             --workers) value "$@" && WORKERS=$VALUE && shift 2 ;;
             --smoke) SMOKE=yes OWN+=("$1") && shift ;;
             --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
+            --merges) offered "$1" && value "$@" && MERGES=$VALUE && shift 2 ;;
             -h | --help) help ;;
             *) stop "there is no option $1; see $SCRIPT --help" ;;
         esac

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Iterator, List, Set
 
 from results import calibration, collect
-from results.plan import ROOT, PlanError, Run, read
+from results.branch import trunk_checkpoint
+from results.plan import ROOT, PlanError, Run, Trunk, read
 
 
 def main() -> None:
@@ -90,6 +91,9 @@ class Runner:
             began = time.time()
             collect.began(run, self.threads)
             if not (run.folder / "done").exists():
+                if run.trunk is not None and not (run.folder / "checkpoint_last.pt").exists():
+                    self._wait(title, run.trunk)
+                    self._command(run.branch, run.folder / "branch.out", "wb", lock)
                 print(f"{title}: training, log {run.folder}/train.log", flush=True)
                 self._command(run.train, run.folder / "train.out", "wb", lock)
             print(f"{title}: evaluation on {run.text}", flush=True)
@@ -108,6 +112,17 @@ class Runner:
             partial.replace(run.evaluation)
         figures = ", ".join(f"{row['measure']} {row['value']}" for row in rows)
         print(f"{title}: {figures}; {(time.time() - began) / 60:.1f} minutes", flush=True)
+
+    def _wait(self, title: str, trunk: Trunk) -> None:
+        """Wait until a trunk has come to its update; it was begun before."""
+        if trunk_checkpoint(trunk.folder, trunk.updates) is None:
+            print(f"{title}: waiting for update {trunk.updates} in {trunk.folder}", flush=True)
+        while trunk_checkpoint(trunk.folder, trunk.updates) is None:
+            if self.stopped:
+                raise Stopped
+            if (trunk.folder / "done").exists():
+                raise RunError(f"{trunk.folder} has kept no checkpoint of update {trunk.updates}")
+            time.sleep(1)
 
     def _command(self, command: List[str], output: Path, mode: str, lock: int) -> None:
         with output.open(mode) as file, self.lock:

@@ -42,10 +42,10 @@ def complete(run: Run) -> bool:
     if not path.exists():
         return False
     conditions = json.loads(path.read_text())
-    if conditions["command"] != _shown(run.train):
+    if conditions["command"] != _training_command(run):
         raise PlanError(
             f"{run.folder} holds another run than is declared:\n  {conditions['command']}\n"
-            f"now:\n  {_shown(run.train)}\nGive the arm another name, or remove the folder"
+            f"now:\n  {_training_command(run)}\nGive the arm another name, or remove the folder"
         )
     return (run.folder / "done").exists() and run.evaluation.exists()
 
@@ -62,11 +62,15 @@ def began(run: Run, threads: int) -> None:
         "sacrebleu": sacrebleu.__version__,
         "python": platform.python_version(),
         "device": _device(threads),
-        "command": _shown(run.train),
+        "command": _training_command(run),
     }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(conditions))
     partial.replace(path)
+
+
+def _training_command(run: Run) -> str:
+    return " && ".join(_shown(command) for command in (run.branch, run.train) if command)
 
 
 def _shown(command: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """What is to be run: the declaration of experiments, read and checked."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -12,6 +13,14 @@ TEXTS = ("valid", "test")
 
 class PlanError(Exception):
     """The declaration asks for something that is not there; the message says what is."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The run with which another one shares its first updates: its folder, and how many."""
+
+    folder: Path
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Run:
         For ``evaluate.sh``.
     length_penalties : sequence of float
         Of which the one with the best BLEU on validation text is taken; none: the recipe's.
+    trunk : Trunk, optional
+        What it begins with; see `results.branch`.
     """
 
     experiment: str
@@ -49,6 +60,7 @@ class Run:
     options: Sequence[str]
     evaluation_options: Sequence[str] = ()
     length_penalties: Sequence[float] = ()
+    trunk: Optional[Trunk] = None
 
     @property
     def folder(self) -> Path:
@@ -65,12 +77,27 @@ class Run:
         """The command that trains."""
         return [str(self.recipe / "train.sh"), *self._which(), *self.options]
 
+    @property
+    def branch(self) -> List[str]:
+        """The command before it, if the run has a trunk: it begins with that."""
+        if self.trunk is None:
+            return []
+        program = [sys.executable, "-m", "results.branch"]
+        folders = [str(self.trunk.folder), str(self.trunk.updates), str(self.folder)]
+        user_dir = self._option("--user-dir", str(ROOT / "fairseq_skd"))
+        criterion = self._option("--criterion", self.criterion)
+        return [*program, *folders, "--criterion", criterion, "--user-dir", user_dir]
+
     def evaluate(self, text: str, length_penalty: Optional[float] = None) -> List[str]:
         """Return the command that scores one of the texts."""
         only_valid = ["--valid"] if text == "valid" else []
         generation = [] if length_penalty is None else ["--lenpen", str(length_penalty)]
         options = [*only_valid, *self.evaluation_options, *generation]
         return [str(self.recipe / "evaluate.sh"), *self._which(), *options]
+
+    def _option(self, name: str, default: str) -> str:
+        found = [value for key, value in zip(self.options, self.options[1:]) if key == name]
+        return found[-1] if found else default
 
     def _which(self) -> List[str]:
         name = ["--out", str(self.out), "--name", self.folder.name, "--seed", str(self.seed)]
@@ -86,7 +113,7 @@ def read(path: Path, out: Path) -> List[Run]:
         A YAML file with ``tasks``, ``arms`` and ``experiments``; ``experiments.yaml`` is one, and
         says what they mean.
     out : Path
-        Holds one folder of prepared data for each recipe, with the recipe's name.
+        Holds one folder of prepared data for each task, with the name of its recipe or of ``data``.
 
     Returns
     -------
@@ -96,8 +123,8 @@ def read(path: Path, out: Path) -> List[Run]:
     Raises
     ------
     PlanError
-        If a name is not declared, a recipe's data is not prepared, or two runs of a name are not
-        the same.
+        If a name is not declared, a task's data is not prepared, a run begins with one that is not
+        declared before it, or two runs of a name are not the same.
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
     tasks, arms = declared["tasks"], declared["arms"]
@@ -106,20 +133,29 @@ def read(path: Path, out: Path) -> List[Run]:
     for experiment in declared["experiments"]:
         name = experiment["task"]
         _check(path, "task", [name], tasks)
+        task = tasks[name]
         _check(path, "arm", experiment["arms"], arms)
         _check(path, "text", [experiment["text"]], TEXTS)
-        recipe = ROOT / "examples" / tasks[name]["recipe"]
-        folder = out / recipe.name
+        recipe = ROOT / "examples" / task["recipe"]
+        folder = out / task.get("data", recipe.name)
         if not (folder / "data").is_dir():
-            raise PlanError(f"{folder} holds no data; first:  {recipe}/prepare.sh --out {folder}")
+            prepare = [f"{recipe}/prepare.sh --out {folder}", *map(str, task.get("prepare", []))]
+            raise PlanError(f"{folder} holds no data; first:  {' '.join(prepare)}")
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
                 criterion = arms[arm]["criterion"]
+                distils = criterion == "self_kd"
                 given = [
-                    *tasks[name].get("options", []),
-                    *(tasks[name].get("self_kd", []) if criterion == "self_kd" else []),
+                    *task.get("options", []),
+                    *(task.get("self_kd", []) if distils else []),
                     *arms[arm].get("options", []),
                 ]
+                trunk = None
+                if "trunk" in task and arms[arm].get("trunk", distils):
+                    began = folder / f"{name}-{task['trunk']['arm']}-seed{seed}"
+                    trunk = Trunk(began, task["trunk"]["updates"])
+                    if began not in trained:
+                        raise PlanError(f"{path}: {arm} of {name} begins with {began.name}, which is not declared before it")
                 places = {"root": ROOT, "out": folder, "task": name, "seed": seed}
                 run = Run(
                     experiment=experiment["name"],
@@ -131,8 +167,9 @@ def read(path: Path, out: Path) -> List[Run]:
                     out=folder,
                     criterion=criterion,
                     options=[_placed(str(option), places) for option in _flat(given)],
-                    evaluation_options=_flat(tasks[name].get("evaluate", [])),
+                    evaluation_options=_flat(task.get("evaluate", [])),
                     length_penalties=experiment.get("length_penalties", []),
+                    trunk=trunk,
                 )
                 if trained.setdefault(run.folder, run.train) != run.train:
                     raise PlanError(

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Multi30k English-German, task 1: get the text, tokenise, cut into subwords, binarise.
 #
-#   prepare.sh [--raw DIR] [--out DIR] [--workers N] [--smoke]
+#   prepare.sh [--raw DIR] [--out DIR] [--workers N] [--merges N] [--smoke]
 #
 #   --raw DIR    take train.en.gz, train.de.gz, ... from this folder, and download nothing
 #   --out DIR    where everything goes (default: runs/multi30k)
 #   --workers N  processes (default: all cores)
+#   --merges N   size of the joint BPE (default: 10000), which goes with its own --out
 #   --smoke      the beginning of each file, to try the recipe (DIR-smoke)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
@@ -62,10 +63,11 @@ tokens() {  # FOLDER: tokenised and lower-cased, as in the work that this recipe
     done
 }
 
+OFFERED="--merges"
+MERGES=10000
 prepare_options "$@"
 need python gzip sacremoses subword-nmt fairseq-preprocess
 need_space 1
-MERGES=10000
 [ -z "$SMOKE" ] || MERGES=200
 get
 step "$OUT/text" "Text" text
