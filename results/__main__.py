@@ -104,7 +104,9 @@ class Runner:
                 scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
                 found[length_penalty] = scores["valid BLEU"]
             best = max(found, key=lambda penalty: found[penalty]) if found else None
-            self._command(run.evaluate(run.text, best), partial, "wb", lock)
+            # What was translated last may be what is asked for.
+            if best is None or run.text != "valid" or best != run.length_penalties[-1]:
+                self._command(run.evaluate(run.text, best), partial, "wb", lock)
             with partial.open("a") as file:
                 file.writelines(collect.length_penalty_lines(found, best))
             self._command(calibration.command(run), partial, "ab", lock)

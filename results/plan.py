@@ -155,7 +155,10 @@ def read(path: Path, out: Path) -> List[Run]:
                     began = folder / f"{name}-{task['trunk']['arm']}-seed{seed}"
                     trunk = Trunk(began, task["trunk"]["updates"])
                     if began not in trained:
-                        raise PlanError(f"{path}: {arm} of {name} begins with {began.name}, which is not declared before it")
+                        raise PlanError(
+                            f"{path}: {arm} of {name} begins with {began.name}, which is not "
+                            "declared before it"
+                        )
                 places = {"root": ROOT, "out": folder, "task": name, "seed": seed}
                 run = Run(
                     experiment=experiment["name"],

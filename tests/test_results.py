@@ -90,6 +90,38 @@ def test_an_experiment_on_validation_text_leaves_the_test_text_alone(tmp_path):
     assert not collect.complete(runs[-1])  # trained, and not yet scored on that text
 
 
+def test_an_arm_may_begin_with_what_another_has_learnt(tmp_path):
+    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 9}")
+    path = prepare(tmp_path, text)
+    trunk, run = plan.read(path, tmp_path)[:2]
+    assert trunk.branch == []
+    assert run.branch[1:] == [
+        *("-m", "results.branch", str(trunk.folder), "9", str(run.folder)),
+        *("--criterion", "self_kd", "--user-dir", str(ROOT / "fairseq_skd")),
+    ]
+    finish(run)
+    command = collect.rows(run)[0]["command"]
+    assert command.index("results.branch") < command.index(
+        " && examples/translation/multi30k/train.sh"
+    )
+    path.write_text(text.replace("[plain, near]", "[near, plain]"))
+    with pytest.raises(
+        plan.PlanError, match="near of translate begins with translate-plain-seed1, "
+    ):
+        plan.read(path, tmp_path)
+    path.write_text(text.replace("self_kd, options: [", "self_kd, trunk: false, options: ["))
+    assert plan.read(path, tmp_path)[1].branch == []
+
+
+def test_the_criterion_of_a_branch_is_the_one_that_trains(tmp_path):
+    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 9}")
+    text = text.replace(
+        "[--self-kd-top-k", "[--user-dir, other, --criterion, mine, --self-kd-top-k"
+    )
+    run = plan.read(prepare(tmp_path, text), tmp_path)[1]
+    assert run.branch[-4:] == ["--criterion", "mine", "--user-dir", "other"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -97,6 +129,10 @@ def test_an_experiment_on_validation_text_leaves_the_test_text_alone(tmp_path):
         (PLAN.replace("task: translate", "task: talk"), "the task is talk; allowed: translate"),
         (PLAN.replace("text: test", "text: train"), "the text is train; allowed: valid, test"),
         (PLAN.replace("translation/multi30k", "translation/other"), "other holds no data; first:"),
+        (
+            PLAN.replace("options: [--lr, 0.5]", "data: small\n    prepare: [--merges, 9]"),
+            "small holds no data; first: .*prepare.sh --out .*small --merges 9",
+        ),
     ],
 )
 def test_a_plan_for_what_is_not_there_is_refused(text, message, tmp_path):
@@ -106,7 +142,7 @@ def test_a_plan_for_what_is_not_there_is_refused(text, message, tmp_path):
 
 
 def test_the_plan_of_the_project_is_valid(tmp_path):
-    for recipe in ("multi30k", "wikitext2"):
+    for recipe in ("multi30k", "multi30k-4000", "wikitext2"):
         (tmp_path / recipe / "data").mkdir(parents=True)
     runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
     # Nothing is scored on test text before its settings are chosen.
