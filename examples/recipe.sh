@@ -78,8 +78,8 @@ value() {  # OPTION VALUE...: sets VALUE
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recipe has them, JOINED, MERGES
-    LOCAL="" SMOKE="" OUT="" JOINED="" WORKERS=$(nproc) OWN=()
+prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where it is offered, JOINED, MERGES, WORDS
+    LOCAL="" SMOKE="" OUT="" JOINED="" MERGES="" WORDS="" WORKERS=$(nproc) OWN=()
     while [ $# -gt 0 ]; do
         case $1 in
             --raw) value "$@" && LOCAL=$VALUE && shift 2 ;;
@@ -88,6 +88,7 @@ prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where the recip
             --smoke) SMOKE=yes OWN+=("$1") && shift ;;
             --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
             --merges) offered "$1" && value "$@" && MERGES=$VALUE && shift 2 ;;
+            --words) offered "$1" && value "$@" && WORDS=$VALUE && shift 2 ;;
             -h | --help) help ;;
             *) stop "there is no option $1; see $SCRIPT --help" ;;
         esac
@@ -300,8 +301,9 @@ wikitext_text() {  # NAME TRAIN VALID TEST FOLDER
     wc -w < "$folder/train" | sed 's/^/  words to train on: /'
 }
 
-binarise_text() {  # FOLDER: fairseq-preprocess of one language, every word that occurs
-    run fairseq-preprocess --only-source --trainpref "$OUT/text/train" \
+binarise_text() {  # FOLDER: fairseq-preprocess of one language; every word that occurs, or the first $WORDS
+    # fairseq counts its four special symbols.
+    run fairseq-preprocess --only-source --nwordssrc $((${WORDS:--5} + 4)) --trainpref "$OUT/text/train" \
         --validpref "$OUT/text/valid" --testpref "$OUT/text/test" --destdir "$1" \
         --workers "$WORKERS" > "$OUT/preprocess.log" 2>&1 ||
         stop "fairseq-preprocess failed: $(tail -n 5 "$OUT/preprocess.log")"

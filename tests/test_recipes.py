@@ -302,6 +302,7 @@ def test_one_line_stays_one_line_and_pairs_of_unequal_length_go(prepared):
 
 def test_a_second_run_repeats_nothing_and_an_unfinished_step_is_done_again(raw, tmp_path):
     arguments = ["--smoke", "--raw", raw / "wikitext2", "--out", tmp_path, "--workers", 1]
+    arguments += ["--words", 9]
     # As after an interruption: a step that was begun, and nothing that is complete.
     out = Path(f"{tmp_path}-smoke")
     (out / "text.partial").mkdir(parents=True)
@@ -310,6 +311,8 @@ def test_a_second_run_repeats_nothing_and_an_unfinished_step_is_done_again(raw, 
     assert "done already" not in first
     assert sorted(path.name for path in (out / "text").iterdir()) == ["test", "train", "valid"]
     assert script(WIKITEXT2 / "prepare.sh", *arguments).count("done already") == 2
+    words = (out / "data" / "dict.txt").read_text().splitlines()
+    assert [line for line in words if not line.startswith("madeupword")] == words[:9]
 
 
 # ---- Two workers --------------------------------------------------------------------------------

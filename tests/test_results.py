@@ -142,7 +142,7 @@ def test_a_plan_for_what_is_not_there_is_refused(text, message, tmp_path):
 
 
 def test_the_plan_of_the_project_is_valid(tmp_path):
-    for recipe in ("multi30k", "multi30k-4000", "wikitext2"):
+    for recipe in ("multi30k", "multi30k-4000", "wikitext2-10000"):
         (tmp_path / recipe / "data").mkdir(parents=True)
     runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
     # Settings are chosen on validation text alone.

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # WikiText-2, word level: get the text and binarise it.
 #
-#   prepare.sh [--raw DIR] [--out DIR] [--workers N] [--smoke]
+#   prepare.sh [--raw DIR] [--out DIR] [--workers N] [--words N] [--smoke]
 #
 #   --raw DIR    take wikitext-2-v1.zip, or wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens
 #                (plain or .gz), from this folder, and download nothing
 #   --out DIR    where everything goes (default: runs/wikitext2)
 #   --workers N  processes (default: all cores)
+#   --words N    keep the N most frequent words, the others are unknown; goes with its own --out
 #   --smoke      the beginning of each file, to try the recipe (DIR-smoke)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
+OFFERED="--words"
 prepare_options "$@"
 need python gzip fairseq-preprocess
 [ -n "$SMOKE" ] || need_space 1

@@ -64,11 +64,10 @@ tokens() {  # FOLDER: tokenised and lower-cased, as in the work that this recipe
 }
 
 OFFERED="--merges"
-MERGES=10000
 prepare_options "$@"
 need python gzip sacremoses subword-nmt fairseq-preprocess
 need_space 1
-[ -z "$SMOKE" ] || MERGES=200
+[ -n "$MERGES" ] || { [ -n "$SMOKE" ] && MERGES=200 || MERGES=10000; }
 get
 step "$OUT/text" "Text" text
 step "$OUT/tokens" "Tokenising and lower-casing" tokens
