@@ -13,7 +13,7 @@ import torch
 from fairseq_skd.criterion import eligible_words
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
-from results import calibration, plausibility, soft_targets
+from results import branch, calibration, plausibility, soft_targets
 from results import trained as results_trained
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
@@ -220,3 +220,35 @@ def test_plausibility_by_its_definition(trained, corpus):
         assert line[:3] == [line[0], *found]
     counts = sorted(Counter(words)[dictionary[i]] for i in common)
     assert frequent[3] == str(counts[1])
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_another_criterion(
+    trained, corpus, tmp_path, monkeypatch, capsys
+):
+    trunk, folder = trained.parent, tmp_path / "branch"
+    updates = 1
+    (tmp_path / f"checkpoint_1_{updates}.pt").symlink_to(trunk / "checkpoint_last.pt")
+    criterion = "label_smoothed_cross_entropy"
+    arguments = ["branch", tmp_path, updates, folder, "--criterion", criterion]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    branch.main()
+    branch.main()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder} begins with {tmp_path}/checkpoint_1_{updates}.pt",
+        f"{folder} has begun already",
+    ]
+    printed = command(
+        *("fairseq-train", corpus / "pair", "--criterion", criterion, "--label-smoothing", 0.1),
+        *("--user-dir", PLUGIN, "--arch", "transformer", *TINY, "--cpu", "--save-dir", folder),
+        *("--optimizer", "adam", "--lr", 0.01, "--max-tokens", 200, "--max-epoch", 2),
+    )
+    assert f"Loaded checkpoint {folder}/checkpoint_last.pt (epoch 2 @ " in printed
+    assert "begin training epoch 2" in printed
+    assert (folder / "checkpoint_best.pt").exists()
+    for arguments, message in [
+        (["branch", tmp_path, 7, folder, "--criterion", criterion], "no checkpoint of update 7"),
+        (["branch", tmp_path, 1, folder, "--criterion", "mine"], "--criterion is mine, which nei"),
+    ]:
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+        with pytest.raises(SystemExit, match=message):
+            branch.main()
