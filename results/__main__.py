@@ -104,8 +104,10 @@ class Runner:
                 scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
                 found[length_penalty] = scores["valid BLEU"]
             best = max(found, key=lambda penalty: found[penalty]) if found else None
-            # What was translated last may be what is asked for.
-            if best is None or run.text != "valid" or best != run.length_penalties[-1]:
+            # Another experiment may compare the validation text in the folder: leave the best one.
+            if best is not None and best != run.length_penalties[-1]:
+                self._command(run.evaluate("valid", best), partial, "wb", lock)
+            if best is None or run.text != "valid":
                 self._command(run.evaluate(run.text, best), partial, "wb", lock)
             with partial.open("a") as file:
                 file.writelines(collect.length_penalty_lines(found, best))
