@@ -151,9 +151,11 @@ def read(path: Path, out: Path) -> List[Run]:
                     *arms[arm].get("options", []),
                 ]
                 trunk = None
-                if "trunk" in task and arms[arm].get("trunk", distils):
-                    began = folder / f"{name}-{task['trunk']['arm']}-seed{seed}"
-                    trunk = Trunk(began, task["trunk"]["updates"])
+                shared = task.get("trunk", {})
+                begins_with = arms[arm].get("trunk", distils and shared.get("arm"))
+                if shared and begins_with:
+                    began = folder / f"{name}-{begins_with}-seed{seed}"
+                    trunk = Trunk(began, shared["updates"])
                     if began not in trained:
                         raise PlanError(
                             f"{path}: {arm} of {name} begins with {began.name}, which is not "

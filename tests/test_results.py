@@ -111,6 +111,11 @@ def test_an_arm_may_begin_with_what_another_has_learnt(tmp_path):
         plan.read(path, tmp_path)
     path.write_text(text.replace("self_kd, options: [", "self_kd, trunk: false, options: ["))
     assert plan.read(path, tmp_path)[1].branch == []
+    text = text.replace("self_kd, options: [", "self_kd, trunk: other, options: [")
+    text = text.replace("arms:\n", "arms:\n  other: {criterion: cross_entropy}\n")
+    path.write_text(text.replace("[plain, near]", "[other, near]"))
+    other, run = plan.read(path, tmp_path)[:2]
+    assert run.branch[3] == str(other.folder)
 
 
 def test_the_criterion_of_a_branch_is_the_one_that_trains(tmp_path):
