@@ -30,7 +30,7 @@ class SelfKDOptions:
     sigma: Optional[float] = None
     sigma_scale: float = 1.0
     max_mass: float = 0.5
-    # So that measuring the neighbours takes at most 1 % of the training: docs/refresh.md
+    # Measuring the neighbours then takes less than 1 % of a usual training: docs/refresh.md
     refresh_interval: int = 2000
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from fairseq import __version__ as fairseq_version
 
 from fairseq_skd import __version__
+from results import calibration
 from results.plan import ROOT, PlanError, Run
 
 Row = Dict[str, Union[str, int, float]]
@@ -92,7 +93,8 @@ def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
     text = (evaluation or run.evaluation).read_text(encoding="utf-8")
     figures = [*_training(run), *scores(text)]
     penalty = next((value for name, value, _ in figures if name == "length penalty"), None)
-    conditions["evaluation"] = _shown(run.evaluate(run.text, penalty))
+    evaluation_commands = (run.evaluate(run.text, penalty), calibration.command(run))
+    conditions["evaluation"] = " && ".join(map(_shown, evaluation_commands))
     return [
         {**which, "measure": measure, "value": value, "signature": signature, **conditions}
         for measure, value, signature in figures
@@ -101,21 +103,26 @@ def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
 
 def curve(run: Run) -> Curve:
     """Return the validation perplexity after so many updates, as often as it was measured."""
-    points = [(int(f["num_updates"]), f["ppl"]) for f in _lines(run, "valid")]
+    return [
+        (int(fields["num_updates"]), _perplexity(run, fields)) for fields in _lines(run, "valid")
+    ]
+
+
+def _perplexity(run: Run, fields: Mapping[str, float]) -> float:
     if run.criterion.endswith("_with_rdrop"):
         # fairseq's R-Drop sums over every sentence twice, in validation too, and divides by the
         # words of one: what it logs is the square.
-        return [(updates, math.sqrt(perplexity)) for updates, perplexity in points]
-    return points
+        return math.sqrt(fields["ppl"])
+    return fields["ppl"]
 
 
 def _training(run: Run) -> Iterator[Tuple[str, float, str]]:
-    """Yield validation figures at the lowest perplexity, and what an update takes."""
-    valid = curve(run)
-    updates, best = min(valid, key=lambda point: point[1])
-    yield "validation perplexity", round(best, 2), ""
-    yield "updates to it", updates, ""
-    yield "updates", valid[-1][0], ""
+    """Yield validation figures of the checkpoint that fairseq keeps as the best, and the costs."""
+    valid = _lines(run, "valid")
+    best = min(reversed(valid), key=lambda fields: fields["loss"])  # of equal ones the last
+    yield "validation perplexity", round(_perplexity(run, best), 2), ""
+    yield "updates to it", int(best["num_updates"]), ""
+    yield "updates", int(valid[-1]["num_updates"]), ""
     # train_wall: seconds since the line before, without validation and saving.
     inner = _lines(run, "train_inner")
     done = [0.0, *(fields["num_updates"] for fields in inner)]

@@ -31,7 +31,7 @@ INNER = (
     "2026-01-01 00:00:00 | INFO | train_inner | epoch 001:  {n} / 9 loss=3, ppl=8, num_updates={n},"
 )
 INNER += " lr=0.1, train_wall={wall}, wall=99"
-VALID = "2026-01-01 00:00:00 | INFO | valid | epoch 001 | valid on 'valid' subset | loss 3.5"
+VALID = "2026-01-01 00:00:00 | INFO | valid | epoch 001 | valid on 'valid' subset | loss {loss}"
 VALID += " | nll_loss 2.5 | ppl {ppl} | wps 1e+06 | num_updates {n} | best_loss 3.5"
 EVALUATION = """
 test2016, en-de, detokenised text (the figure to quote, with its signature):
@@ -54,10 +54,10 @@ def finish(run):
     run.folder.mkdir(parents=True)
     log = [
         INNER.format(n=100, wall=50),
-        VALID.format(ppl=9.5, n=120),
-        VALID.format(ppl=5.25, n=240),
+        VALID.format(loss=3.6, ppl=5.25, n=120),
+        VALID.format(loss=3.5, ppl=5.25, n=240),  # the best loss
     ]
-    log += [INNER.format(n=300, wall=300), VALID.format(ppl=6, n=360)]
+    log += [INNER.format(n=300, wall=300), VALID.format(loss=3.7, ppl=6, n=360)]
     (run.folder / "train.log").write_text("\n".join(log) + "\n")
     run.evaluation.write_text(EVALUATION)
     collect.began(run, threads=1)
@@ -172,6 +172,7 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     (bleu,) = [row for row in rows if row["measure"] == "test2016 BLEU"]
     assert bleu["signature"] == "BLEU|nrefs:1|case:lc|version:2.6.0"
     assert bleu["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
+    assert "python -m results.calibration " in bleu["evaluation"]
     assert bleu["torch"] == torch.__version__
     assert "1 of " in bleu["device"]
     lines = "".join(collect.length_penalty_lines({0.6: 35.0, 1.0: 35.5}, 1.0))
