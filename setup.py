@@ -33,7 +33,7 @@ setup(
         f"omegaconf<2.1; {OLD}",
         f"numpy<2; {OLD}",
         "numpy",
-        "torch>=2.1",
+        "torch>=2.4",
         "sacrebleu>=2.3",
         "sentencepiece",
     ],

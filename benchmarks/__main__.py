@@ -14,7 +14,7 @@ import torch
 from fairseq import __version__ as fairseq_version
 
 from benchmarks import report
-from benchmarks.measure import added_memory, in_turn, percentiles
+from benchmarks.measure import added_memory, in_turn, percentiles, processor
 from benchmarks.workloads import (
     BASELINE,
     DEVICE,
@@ -35,24 +35,30 @@ STEP_MEMORY = "memory added by a training step"
 
 
 def main() -> None:
-    """Measure, print as it goes, and write everything to one CSV and one plot."""
+    """Measure, print as it goes, and write everything to one CSV and, of the steps, one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="calls of each (default: 7)")
     parser.add_argument("--only", choices=["step", "loss", "memory", "refresh"])
     parser.add_argument("--shape", choices=list(SHAPES), nargs="+", help="default: all")
-    parser.add_argument("--out", type=Path, default=report.CSV)
+    parser.add_argument("--out", type=Path, help=f"default: {report.CSV.relative_to(report.ROOT)}")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds is {args.rounds}; allowed: 2 or more")
+    if args.out is None and (args.only or args.shape):
+        parser.error("--only and --shape measure a part; --out FILE.csv must say where to write it")
+    out: Path = args.out or report.CSV
+    partial = out.with_name(out.name + ".partial")
     logging.disable(logging.INFO)  # fairseq's and hydra's, of which one would find no figure
     warnings.simplefilter("ignore")
     if args.memory_of:
         what, shape, name = args.memory_of
         print(added_memory(_memory_workload(what, shape, name)))
         return
-    conditions = {
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor(),
+    conditions: report.Row = {
+        "device": torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "torch": torch.__version__,
@@ -82,16 +88,21 @@ def main() -> None:
             if not large:
                 loss_names = [BASELINE, "self-KD", "self-KD from logits"]
                 rows += _memory(MEMORY, name, loss_names)
+        _save(rows, conditions, partial)  # what follows may fail
     if args.only in (None, "refresh"):
         rounds = max(3, args.rounds // 2)
         rows += _times(REFRESH, "V = 32,768, d = 512", refreshes(32_768, 512), rounds, "products")
-    rows.sort(
-        key=lambda row: [STEP, GRADIENTS, LOSS, STEP_MEMORY, MEMORY, REFRESH].index(row["what"])
-    )
-    report.write([{**row, **conditions} for row in rows], args.out)
-    picture = args.out.with_suffix(".svg")
-    report.plot(rows, picture)
-    print(f"Written to {args.out} and {picture}; as a table: python -m benchmarks.report")
+    _save(rows, conditions, partial)
+    partial.replace(out)
+    print(f"Written to {out}; as a table: python -m benchmarks.report")
+    if any(row["what"] == STEP for row in rows):
+        report.plot(rows, out.with_suffix(".svg"))
+
+
+def _save(rows: List[report.Row], conditions: report.Row, path: Path) -> None:
+    order = [STEP, GRADIENTS, LOSS, STEP_MEMORY, MEMORY, REFRESH]
+    found = sorted(rows, key=lambda row: order.index(row["what"]))
+    report.write([{**row, **conditions} for row in found], path)
 
 
 def _times(
@@ -141,13 +152,6 @@ def _row(what: str, shape: str, name: str) -> report.Row:
         **{"what": what, "shape": shape, "name": name},
         **{"median": "", "p20": "", "p80": "", "ratio": ""},
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
-    return platform.processor()
 
 
 if __name__ == "__main__":

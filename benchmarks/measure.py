@@ -1,11 +1,20 @@
 """Time things in turn and take medians; read the peak of memory."""
 
+import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Callable, Dict, List
 
 import torch
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:

@@ -31,10 +31,12 @@ trap farewell EXIT
 
 say() { printf '\n%s\n' "$*"; }
 
+quoted() { [ $# -eq 0 ] || printf ' %q' "$@"; }  # as they can be pasted, each after a space
+
 exec 3>&1
 
 run() {  # prints the command, also where its output goes elsewhere
-    printf '  $%s\n' "$(printf ' %q' "$@")" >&3
+    printf '  $%s\n' "$(quoted "$@")" >&3
     "$@"
 }
 
@@ -325,6 +327,7 @@ train_options() {
         *) stop "the criterion is $CRITERION; allowed: ${CRITERIA// /, }" ;;
     esac
     while [ $# -gt 0 ]; do
+        case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
         case $1 in
             --out) value "$@" && OUT=$VALUE OWN+=("$1" "$2") && shift 2 ;;
             --seed) value "$@" && SEED=$VALUE OWN+=("$1" "$2") && shift 2 ;;
@@ -443,7 +446,10 @@ train() {
         return
     fi
     mkdir -p "$RUN"
-    printf '%s\n' "${settings[@]}" > "$RUN/settings"
+    if [ ! -f "$RUN/settings" ]; then  # whole or not at all: other processes compare it
+        printf '%s\n' "${settings[@]}" > "$RUN/settings.partial"
+        mv "$RUN/settings.partial" "$RUN/settings"
+    fi
     say "Training with $CRITERION, $PROCESSES $([ "$GPUS" -gt 0 ] && echo GPU || echo CPU)" \
         "process(es); log: $RUN/train.log"
     [ ! -f "$RUN/checkpoint_last.pt" ] || echo "  going on from $RUN/checkpoint_last.pt"
@@ -453,7 +459,7 @@ train() {
         return
     fi
     touch "$RUN/done"
-    say "Trained. Next:  $FOLDER/evaluate.sh ${OWN[*]}"
+    say "Trained. Next:  $FOLDER/evaluate.sh$(quoted "${OWN[@]}")"
 }
 
 # ---- Evaluation ----------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def average_checkpoints(
     Parameters
     ----------
     paths : sequence of Path
-        fairseq checkpoints of one model, at least one. One at a time is in memory, beside the sums.
+        fairseq checkpoints of one model, at least one. One at a time is in memory, with its
+        optimizer state while it is read, beside the sums.
     output : Path
         Written whole or not at all.
     progress : callable
@@ -46,30 +47,33 @@ def average_checkpoints(
     state: Dict[str, Any] = {}
     for number, path in enumerate(paths, start=1):
         progress(f"reading {path} ({number} of {len(paths)})")
+        state.clear()  # before the next one is read
         state = _load(path)
-        model = state["model"]
-        shapes = {name: value.shape for name, value in model.items()}
+        shapes = {name: value.shape for name, value in state["model"].items()}
         if number == 1:
             expected = shapes
-            # Copies: tied parameters share their memory, and each is added to under its own name.
-            totals = {name: _wide(value).clone() for name, value in model.items()}
-            continue
-        if shapes != expected:
+        elif shapes != expected:
             names = [n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n)]
             raise CheckpointError(
                 f"{path} has another model than {paths[0]}: they differ in {', '.join(names[:5])}"
             )
-        for name, value in model.items():
-            if value.is_floating_point():
-                totals[name] += _wide(value)
+        _add(state["model"], totals)
     state["model"] = {
         name: (totals[name] / len(paths)).to(value.dtype) if value.is_floating_point() else value
         for name, value in state["model"].items()
     }
-    state.pop("last_optimizer_state", None)
     partial = output.with_name(output.name + ".partial")
     torch.save(state, partial)
     partial.replace(output)
+
+
+def _add(model: Dict[str, Tensor], totals: Dict[str, Tensor]) -> None:
+    for name, value in model.items():
+        if name not in totals:
+            # A copy: tied parameters share their memory, and each is added to under its own name.
+            totals[name] = _wide(value).clone()
+        elif value.is_floating_point():
+            totals[name] += _wide(value)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -88,4 +92,5 @@ def _load(path: Path) -> Dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(f"{path} is no fairseq checkpoint: it holds no model")
+    state.pop("last_optimizer_state", None)
     return state

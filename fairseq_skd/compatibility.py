@@ -13,6 +13,7 @@ from fairseq import utils
 from fairseq.data import LanguagePairDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.models import BaseFairseqModel
+from torch.torch_version import TorchVersion
 
 __all__ = ["allow_fairseqs_checkpoints", "num_updates", "target_side_words", "unwrap"]
 
@@ -25,14 +26,17 @@ def allow_fairseqs_checkpoints() -> None:
     refuses classes that it does not know. Unnecessary once fairseq passes ``weights_only`` itself
     or stops saving them.
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):  # torch < 2.4
-        return
     numbers = [np.int64(0), np.float64(0)]
     # Functions that numpy keeps under other names from version to version; an object knows its own.
     makers: List[Any] = [value.__reduce__()[0] for value in (np.zeros(0), *numbers)]
     dtypes = [type(value.dtype) for value in numbers]
     classes = [argparse.Namespace, np.ndarray, np.dtype, *dtypes]
     torch.serialization.add_safe_globals([*makers, *classes])
+    if TorchVersion(torch.__version__) >= "2.6":  # takes a name beside each
+        # The names in a checkpoint that was written with numpy 1, and with numpy 2.
+        modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+        named: List[Any] = [(maker, f"{m}.{maker.__name__}") for maker in makers for m in modules]
+        torch.serialization.add_safe_globals(named)
 
 
 def remember_num_updates() -> None:

@@ -8,6 +8,7 @@ command runs what is missing.
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shlex
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Iterator, List, Set
+from typing import Dict, Iterator, List, Set
 
 from results import calibration, collect
 from results.branch import trunk_checkpoint
@@ -40,6 +41,8 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         runs = read(args.plan, args.out.resolve())
+        for run in runs:
+            collect.complete(run)  # a run that was declared otherwise is refused before any work
         failure = Runner(runs, args.jobs).run()
         found = [run for run in runs if collect.complete(run)]
     except (PlanError, OSError) as error:
@@ -98,24 +101,34 @@ class Runner:
                 self._command(run.train, run.folder / "train.out", "wb", lock)
             print(f"{title}: evaluation on {run.text}", flush=True)
             partial = run.evaluation.with_suffix(".partial")
-            found = {}
-            for length_penalty in run.length_penalties:
-                self._command(run.evaluate("valid", length_penalty), partial, "wb", lock)
-                scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
-                found[length_penalty] = scores["valid BLEU"]
+            found = self._length_penalties(run, partial, lock)
             best = max(found, key=lambda penalty: found[penalty]) if found else None
-            # Another experiment may compare the validation text in the folder: leave the best one.
-            if best is not None and best != run.length_penalties[-1]:
+            # The report compares the validation text in the folder: that of the best one.
+            if best is not None and run.text == "valid" and best != run.length_penalties[-1]:
                 self._command(run.evaluate("valid", best), partial, "wb", lock)
             if best is None or run.text != "valid":
                 self._command(run.evaluate(run.text, best), partial, "wb", lock)
             with partial.open("a") as file:
                 file.writelines(collect.length_penalty_lines(found, best))
+                file.write(collect.scored_by(run))
             self._command(calibration.command(run), partial, "ab", lock)
             rows = collect.rows(run, partial)
             partial.replace(run.evaluation)
         figures = ", ".join(f"{row['measure']} {row['value']}" for row in rows)
         print(f"{title}: {figures}; {(time.time() - began) / 60:.1f} minutes", flush=True)
+
+    def _length_penalties(self, run: Run, partial: Path, lock: int) -> Dict[float, float]:
+        """Return the BLEU on validation text with each length penalty of a run."""
+        on_valid = dataclasses.replace(run, text="valid")
+        if run.text != "valid" and collect.scored(on_valid):
+            # Of an experiment on validation text, whose translations must stay.
+            return collect.length_penalties(on_valid.evaluation.read_text(encoding="utf-8"))
+        found = {}
+        for penalty in run.length_penalties:
+            self._command(run.evaluate("valid", penalty), partial, "wb", lock)
+            scores = {name: value for name, value, _ in collect.scores(partial.read_text())}
+            found[penalty] = scores["valid BLEU"]
+        return found
 
     def _wait(self, title: str, trunk: Trunk) -> None:
         """Wait until a trunk has come to its update; it was begun before."""

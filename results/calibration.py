@@ -95,7 +95,8 @@ def predict(trained: Trained, subset: str) -> Calibration:
 def command(run: Run) -> List[str]:
     """Return the command that predicts all of a run's texts, after its evaluation."""
     average = run.folder / "average.pt"
-    checkpoint = average if average.exists() else run.folder / "checkpoint_best.pt"
+    averaged = average.exists() and "--best" not in run.evaluation_options
+    checkpoint = average if averaged else run.folder / "checkpoint_best.pt"
     data = run.out / "data"
     texts = sorted({path.name.split(".")[0] for path in data.glob(f"{run.text}*.bin")})
     program = [sys.executable, "-m", "results.calibration", str(data)]

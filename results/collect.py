@@ -1,6 +1,7 @@
 """The figures of a run, read from the log of its training and the output of its evaluation."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import sacrebleu
 import torch
 from fairseq import __version__ as fairseq_version
 
+from benchmarks.measure import processor
 from fairseq_skd import __version__
 from results import calibration
 from results.plan import ROOT, PlanError, Run
@@ -26,7 +28,7 @@ Curve = List[Tuple[int, float]]
 _SCORE = re.compile(r"^ *((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio = ([\d.]+))?")
 _PERPLEXITY = re.compile(r"^(valid|test): perplexity ([\d.]+) a word .* at least (\d+) words")
 # What `length_penalty_lines` writes.
-_LENGTH_PENALTY = re.compile(r"^(length penalty(?: [\d.]+, valid BLEU)?): ([\d.]+)$")
+_LENGTH_PENALTY = re.compile(r"^(length penalty(?: ([\d.]+), valid BLEU)?): ([\d.]+)$")
 # What `results.calibration` prints.
 _CALIBRATION = re.compile(r"^calibration on (\w+): (.*)$")
 
@@ -48,7 +50,18 @@ def complete(run: Run) -> bool:
             f"{run.folder} holds another run than is declared:\n  {conditions['command']}\n"
             f"now:\n  {_training_command(run)}\nGive the arm another name, or remove the folder"
         )
-    return (run.folder / "done").exists() and run.evaluation.exists()
+    return (run.folder / "done").exists() and scored(run)
+
+
+def scored(run: Run) -> bool:
+    """Whether a run's text is scored, in the way that is declared."""
+    return run.evaluation.exists() and scored_by(run) in run.evaluation.read_text(encoding="utf-8")
+
+
+def scored_by(run: Run) -> str:
+    """Return the line of an evaluation that tells how its text is scored."""
+    command = _shown(run.evaluate(run.text))
+    return f"scored by: {command}, of length penalties {list(run.length_penalties)}\n"
 
 
 def began(run: Run, threads: int) -> None:
@@ -81,9 +94,7 @@ def _shown(command: Sequence[str]) -> str:
 def _device(threads: int) -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {threads} of {os.cpu_count()} cores"
+    return f"{processor()}, {threads} of {os.cpu_count()} cores"
 
 
 def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
@@ -123,17 +134,29 @@ def _training(run: Run) -> Iterator[Tuple[str, float, str]]:
     yield "validation perplexity", round(_perplexity(run, best), 2), ""
     yield "updates to it", int(best["num_updates"]), ""
     yield "updates", int(valid[-1]["num_updates"]), ""
-    # train_wall: seconds since the line before, without validation and saving.
-    inner = _lines(run, "train_inner")
-    done = [0.0, *(fields["num_updates"] for fields in inner)]
+    seconds = seconds_an_update(run)
+    if seconds is not None:
+        minutes = sum(fields["train_wall"] for fields in _done(run)) / 60
+        yield "seconds an update", round(seconds, 3), ""
+        yield "minutes of updates", round(minutes, 1), ""
+
+
+def seconds_an_update(run: Run) -> Optional[float]:
+    """Return the median of what an update took, without validation and saving; None if unknown."""
+    inner = _done(run)
+    began_at = float(run.trunk.updates) if run.trunk else 0.0
+    done = [began_at, *(fields["num_updates"] for fields in inner)]
+    # train_wall: seconds since the line before.
     seconds = [
-        fields["train_wall"] / (now - before)
-        for fields, before, now in zip(inner, done, done[1:])
-        if now > before  # not where the training was resumed
+        fields["train_wall"] / (now - before) for fields, before, now in zip(inner, done, done[1:])
     ]
-    if seconds:
-        yield "seconds an update", round(statistics.median(seconds), 3), ""
-        yield "minutes of updates", round(sum(f["train_wall"] for f in inner) / 60, 1), ""
+    return statistics.median(seconds) if seconds else None
+
+
+def _done(run: Run) -> List[Dict[str, float]]:
+    """Return the figures of all updates; of those that an interruption made twice, the second."""
+    last = {fields["num_updates"]: fields for fields in _lines(run, "train_inner")}
+    return [last[updates] for updates in sorted(last)]
 
 
 def _lines(run: Run, kind: str) -> List[Dict[str, float]]:
@@ -169,7 +192,7 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
             signature = f"context:{perplexity[3]}"
             yield f"{perplexity[1]} perplexity", float(perplexity[2]), signature
         elif penalty:
-            yield penalty[1], float(penalty[2]), ""
+            yield penalty[1], float(penalty[3]), ""
         elif calibration:
             for part in calibration[2].split(", "):
                 name, value = part.rsplit(" ", 1)
@@ -184,23 +207,31 @@ def length_penalty_lines(found: Dict[float, float], best: Optional[float]) -> It
         yield f"length penalty: {best}\n"
 
 
+def length_penalties(evaluation: str) -> Dict[float, float]:
+    """Return the BLEU on validation text with each length penalty, from an evaluation."""
+    lines = [_LENGTH_PENALTY.match(line) for line in evaluation.splitlines()]
+    return {float(line[2]): float(line[3]) for line in lines if line and line[2]}
+
+
 def write(found: List[Row], path: Path) -> None:
     """Write rows, at least one, as CSV, whole or not at all.
 
     Rows of other runs that the file holds stay in it, since their folders may be elsewhere.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
-        ours = {_key(row) for row in found}
-        found = [*(row for row in old if _key(row) not in ours), *found]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    partial.replace(path)
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have found other rows
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                old = list(csv.DictReader(file))
+            ours = {_key(row) for row in found}
+            found = [*(row for row in old if _key(row) not in ours), *found]
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(found[-1]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
+        partial.replace(path)
 
 
 def _key(row: Mapping[str, Any]) -> Tuple[str, ...]:

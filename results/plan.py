@@ -172,7 +172,7 @@ def read(path: Path, out: Path) -> List[Run]:
                     out=folder,
                     criterion=criterion,
                     options=[_placed(str(option), places) for option in _flat(given)],
-                    evaluation_options=_flat(task.get("evaluate", [])),
+                    evaluation_options=[str(option) for option in _flat(task.get("evaluate", []))],
                     length_penalties=experiment.get("length_penalties", []),
                     trunk=trunk,
                 )

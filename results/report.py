@@ -83,18 +83,32 @@ def values(runs: Sequence[Run], baseline: str) -> Dict[str, Dict[str, List[float
     }
     for run in runs:
         figures = {str(row["measure"]): float(row["value"]) for row in collect.rows(run)}
-        if run.seed in best and "seconds an update" in figures:
-            updates = updates_to(run, best[run.seed])
-            if updates is not None:
-                figures[REACHED] = updates * figures["seconds an update"] / 60
+        minutes = minutes_to(run, best[run.seed], runs) if run.seed in best else None
+        if minutes is not None:
+            figures[REACHED] = minutes
         for name, value in figures.items():
             found.setdefault(run.arm, {}).setdefault(name, []).append(value)
     return found
 
 
-def updates_to(run: Run, perplexity: float) -> Optional[int]:
-    """Return after how many updates a validation perplexity was reached, None if it never was."""
-    return next((updates for updates, ppl in collect.curve(run) if ppl <= perplexity), None)
+def minutes_to(run: Run, perplexity: float, others: Sequence[Run]) -> Optional[float]:
+    """Return the minutes of updates until a validation perplexity was reached.
+
+    Those of the trunk that the run began with, one of the others, count too. None if the perplexity
+    was never reached or the figures are not there.
+    """
+    seconds = collect.seconds_an_update(run)
+    trunk = next((o for o in others if run.trunk and o.folder == run.trunk.folder), None)
+    before = collect.seconds_an_update(trunk) if trunk else seconds
+    if seconds is None or before is None or (run.trunk and not trunk):
+        return None
+    shared = run.trunk.updates if run.trunk else 0
+    curve = [point for point in collect.curve(trunk) if point[0] <= shared] if trunk else []
+    for updates, reached in [*curve, *collect.curve(run)]:
+        if reached <= perplexity:
+            first = min(updates, shared)
+            return (first * before + (updates - first) * seconds) / 60
+    return None
 
 
 def significance(runs: Sequence[Run], baseline: str, text: str) -> str:

@@ -1,7 +1,9 @@
 """The mean of checkpoints, as a function and as the command."""
 
+import re
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +60,17 @@ def test_files_that_cannot_be_averaged_are_named(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             average_checkpoints(paths, output)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpys_numbers_under_the_names_of_numpy_1_and_2(tmp_path, module):
+    """fairseq's --eval-bleu puts them into a checkpoint."""
+    path = tmp_path / "numbers.pt"
+    numbers = {"model": {}, "scalar": np.int64(7), "array": np.arange(3)}
+    torch.save(numbers, path, _use_new_zipfile_serialization=False)
+    written = path.read_bytes()
+    assert b"numpy._core.multiarray" in written or b"numpy.core.multiarray" in written
+    path.write_bytes(re.sub(rb"numpy\._?core\.multiarray", module, written))
+    found = torch.load(path, weights_only=True)
+    assert found["scalar"] == 7
+    assert found["array"].tolist() == [0, 1, 2]

@@ -36,6 +36,13 @@ def test_every_criterion_is_measured(monkeypatch, tmp_path, capsys, shape, names
     assert "self-KD" in capsys.readouterr().out
 
 
+def test_a_part_does_not_replace_the_whole(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "step"])
+    with pytest.raises(SystemExit):
+        benchmarks.main()
+    assert "--out FILE.csv must say where to write it" in capsys.readouterr().err
+
+
 def test_percentiles_and_memory():
     assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "p20": 1.8, "p80": 4.2}
     kept = []

@@ -322,6 +322,14 @@ def test_quickstart_with_a_bad_corpus(tmp_path, content, message):
         quickstart("--pairs", pairs, "--out", tmp_path / "out")
 
 
+def test_quickstart_with_another_corpus_in_its_folder(tmp_path):
+    (tmp_path / "out" / "text").mkdir(parents=True)
+    (tmp_path / "out" / "text" / "done").write_text("quickstart-de-fr")
+    message = "out is of quickstart-de-fr, not of quickstart-en-de; --out takes another folder"
+    with pytest.raises(AssertionError, match=message):
+        quickstart("--out", tmp_path / "out")
+
+
 def test_quickstart_without_debians_tools(tmp_path):
     """The environment of these tests has no PATH to them."""
     with pytest.raises(AssertionError, match=r"no apt-get on this machine(.|\n)*PAIRS=file\.tsv"):

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -369,9 +370,10 @@ def arguments_of(recipe, out, *options, stand_ins=(), **environment):
     """Return the arguments that train.sh gives to fairseq-train; one that only notes them runs."""
     tools = data(out) / "tools"
     tools.mkdir(exist_ok=True)
-    note = f"printf '%s\\0' \"$@\" > {out}/arguments\n"
-    note += f"echo $MASTER_ADDR $MASTER_PORT $WORLD_SIZE $RANK > {out}/environment\n"
-    note += f"test -d {out}/run && touch {out}/run/checkpoint_last.pt\nexit 0\n"
+    note = f"cd {shlex.quote(str(out))}\n"
+    note += "printf '%s\\0' \"$@\" > arguments\n"
+    note += "echo $MASTER_ADDR $MASTER_PORT $WORLD_SIZE $RANK > environment\n"
+    note += "test -d run && touch run/checkpoint_last.pt\nexit 0\n"
     for name, text in {**dict(stand_ins), "fairseq-train": f"#!/bin/sh\n{note}"}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -588,8 +590,25 @@ def test_a_run_with_other_settings_is_refused_and_a_finished_one_is_not_repeated
     (tmp_path / "run" / "settings").unlink()
     again = script(*arguments, "--lr", 1, first_on_path=tmp_path / "tools")
     assert "going on from" in again
-    printed = refused(*arguments, "--precision", "fp8")
+    printed = refused(*arguments, "--precision=fp8")
     assert printed.startswith("--precision is fp8; allowed: auto, fp32, fp16")
+    printed = refused(*arguments, f"--save-dir={tmp_path}")
+    assert printed.startswith("--save-dir is set by the recipe")
+
+
+def test_the_next_command_can_be_pasted(tmp_path):
+    out = tmp_path / "my runs"
+    arguments_of(WIKITEXT2, out, "--seed=2", "--lr=1")
+    given = (out / "arguments").read_text().split("\0")
+    assert given[given.index("--seed") + 1] == "2"
+    assert given[-3:-1] == ["--lr", "1"]
+    (out / "run" / "done").unlink()
+    printed = script(
+        *(WIKITEXT2 / "train.sh", "self_kd", "--out", out, "--name=run", "--seed=2", "--lr=1"),
+        first_on_path=out / "tools",
+    )
+    shown = printed.split("Next:  ")[1].splitlines()[0]
+    assert shlex.split(shown)[1:] == ["self_kd", "--out", str(out), "--name", "run", "--seed", "2"]
 
 
 def test_a_training_that_was_stopped_is_not_taken_for_finished(tmp_path):

@@ -1,6 +1,7 @@
 """The runner of experiments: what it runs, what it leaves alone, what it collects."""
 
 import csv
+import functools
 import json
 import math
 import shutil
@@ -54,12 +55,15 @@ def finish(run):
     run.folder.mkdir(parents=True)
     log = [
         INNER.format(n=100, wall=50),
-        VALID.format(loss=3.6, ppl=5.25, n=120),
+        VALID.format(loss=3.9, ppl=9.5, n=120),
+        VALID.format(loss=3.6, ppl=5.25, n=180),
         VALID.format(loss=3.5, ppl=5.25, n=240),  # the best loss
     ]
-    log += [INNER.format(n=300, wall=300), VALID.format(loss=3.7, ppl=6, n=360)]
+    # Interrupted before it was saved, and done again.
+    log += [INNER.format(n=300, wall=400), INNER.format(n=300, wall=300)]
+    log += [VALID.format(loss=3.7, ppl=6, n=360)]
     (run.folder / "train.log").write_text("\n".join(log) + "\n")
-    run.evaluation.write_text(EVALUATION)
+    run.evaluation.write_text(EVALUATION + collect.scored_by(run))
     collect.began(run, threads=1)
     (run.folder / "done").touch()
 
@@ -153,6 +157,10 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
     # Settings are chosen on validation text alone.
     assert {run.experiment for run in runs if run.text == "test"} == {"comparison"}
     assert all("--self-kd-max-mass" in run.train for run in runs if run.criterion == "self_kd")
+    words = [word for run in runs for word in (*run.train, *run.branch, *run.evaluate("valid"))]
+    assert {type(word) for word in words} == {str}
+    # It must see the first weights.
+    assert not any(run.branch for run in runs if "self_kd_frozen" in run.train)
 
 
 def test_figures_are_those_of_log_and_evaluation(tmp_path):
@@ -176,6 +184,7 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     assert bleu["torch"] == torch.__version__
     assert "1 of " in bleu["device"]
     lines = "".join(collect.length_penalty_lines({0.6: 35.0, 1.0: 35.5}, 1.0))
+    assert collect.length_penalties(EVALUATION + lines) == {0.6: 35.0, 1.0: 35.5}
     assert [(name, value) for name, value, _ in collect.scores(lines)] == [
         *(("length penalty 0.6, valid BLEU", 35.0), ("length penalty 1.0, valid BLEU", 35.5)),
         ("length penalty", 1.0),
@@ -201,6 +210,34 @@ def test_a_run_that_was_declared_otherwise_is_not_taken_for_complete(tmp_path):
     message = "translate-plain-seed1 holds another run than is declared(.|\\n)*--lr 0.25"
     with pytest.raises(plan.PlanError, match=message):
         collect.complete(plan.read(path, tmp_path)[0])
+
+
+def test_what_was_scored_otherwise_is_scored_again(tmp_path):
+    path = prepare(tmp_path)
+    finish(plan.read(path, tmp_path)[0])
+    path.write_text(PLAN.replace("evaluate: [--best]", "evaluate: []"))
+    assert not collect.complete(plan.read(path, tmp_path)[0])
+    path.write_text(PLAN.replace("text: test,", "text: test, length_penalties: [0.6],"))
+    assert not collect.complete(plan.read(path, tmp_path)[0])
+
+
+def test_a_branch_is_timed_from_where_it_began(tmp_path):
+    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 200}")
+    trunk, run = plan.read(prepare(tmp_path, text), tmp_path)[:2]
+    finish(trunk)
+    finish(run)
+    log = [INNER.format(n=300, wall=300), VALID.format(loss=3.5, ppl=5.25, n=300)]
+    (run.folder / "train.log").write_text("\n".join(log))
+    assert collect.seconds_an_update(trunk) == 1
+    assert collect.seconds_an_update(run) == 3  # 300 s for the updates 201 to 300
+    minutes = functools.partial(report.minutes_to, run, others=[trunk, run])
+    assert minutes(9.5) == pytest.approx(120 / 60)  # the trunk's
+    assert minutes(5.3) == pytest.approx(180 / 60)
+    trunk_log = trunk.folder / "train.log"
+    trunk_log.write_text(trunk_log.read_text().replace("num_updates 180", "num_updates 220"))
+    assert minutes(5.3) == pytest.approx((200 + 100 * 3) / 60)
+    assert minutes(5.2) is None
+    assert report.minutes_to(run, 5.3, [run]) is None  # what the trunk took is not known
 
 
 def test_rows_of_runs_that_are_elsewhere_stay(tmp_path):
@@ -279,6 +316,16 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "4 of 4 runs are complete" in done.stdout
 
 
+def test_a_run_that_was_declared_otherwise_is_refused_before_any_work(tmp_path):
+    path = prepare(tmp_path)
+    finish(plan.read(path, tmp_path)[3])
+    path.write_text(PLAN.replace("--lr, 0.5", "--lr, 0.25"))
+    done = results(tmp_path)
+    assert done.returncode != 0
+    assert "translate-near-seed2 holds another run than is declared" in done.stdout
+    assert "training" not in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
 def test_an_interruption_stops_what_runs(number, tmp_path):
     prepare(tmp_path)
@@ -322,7 +369,7 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
         "| seconds an update | minutes of updates | minutes of updates to the baseline's best |"
         in training
     )
-    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 4 ± 0 |" in training
+    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 3 ± 0 |" in training
     assert "| near | 2 | 36.4 ± 0 | 0.959 ± 0 | 60.2 ± 0 |" in scores
     assert predicted.startswith("test\n\n| arm | seeds | words | accuracy | ECE |")
     lines = differences.splitlines()
@@ -343,7 +390,7 @@ def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
     log = runs[1].folder / "train.log"
     log.write_text(log.read_text().replace("ppl 5.25", "ppl 5.35"))
     training = list(report.tables(runs, "plain"))[1].splitlines()
-    assert training[-2].endswith("| 4 |")
+    assert training[-2].endswith("| 3 |")
     assert training[-1].endswith("|  |")
 
 

@@ -88,7 +88,12 @@ def main() -> None:
 def prepare_text(pairs: Optional[Path], languages: Tuple[str, str], folder: Path) -> None:
     """Get the corpus, split it, and cut it into the pieces of a joint vocabulary."""
     text, pieces = folder / "text", folder / "pieces"
-    if not (text / "done").exists():
+    corpus = _name(pairs, "-".join(languages))
+    if (text / "done").exists():
+        held = (text / "done").read_text(encoding="utf-8")
+        if held != corpus:
+            raise CorpusError(f"{folder} is of {held}, not of {corpus}; --out takes another folder")
+    else:
         if pairs is not None:
             _step(f"Corpus: {pairs}")
             found = read_pairs(pairs)
@@ -100,7 +105,7 @@ def prepare_text(pairs: Optional[Path], languages: Tuple[str, str], folder: Path
         kept = clean(found)
         print(f"  {len(found)} pairs, {len(kept)} after cleaning", flush=True)
         write(split(kept, min(1000, max(1, len(kept) // 20))), languages, text)
-        (text / "done").touch()
+        (text / "done").write_text(corpus, encoding="utf-8")
     if not (pieces / "done").exists():
         _step("Vocabulary: one sentencepiece model for both languages")
         pieces.mkdir(exist_ok=True)

@@ -18,4 +18,4 @@ wikitext wikitext-103 242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31
     b7497e2dfe77e72cfef5e3dbc61b7b53712ac211 c326ac59dc587676d58c422eb8a03e119582f92b \
     8a5befc548865cec54ed4273cf87dbbad60d1e47
 step "$OUT/data" "fairseq-preprocess" binarise_text
-say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"
+say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd$(quoted "${OWN[@]}")"

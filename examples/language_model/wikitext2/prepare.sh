@@ -20,4 +20,4 @@ wikitext wikitext-2 92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817
     863f29c46ef9d167fff4940ec821195882fe29d1 0418625c8b4da6e4b5c7a0b9e78d4ae8f7ee5422 \
     c7b8ce0aa086fb34dab808c5c49224211eb2b172
 step "$OUT/data" "fairseq-preprocess" binarise_text
-say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"
+say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd$(quoted "${OWN[@]}")"

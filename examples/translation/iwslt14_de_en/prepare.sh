@@ -67,4 +67,4 @@ step "$OUT/tokens" "Tokenising, lower-casing, and leaving out pairs of unequal l
 step "$OUT/bpe" "Subwords" subwords "$OUT/tokens" "$MERGES" de en
 step "$OUT/data$JOINED" "fairseq-preprocess" binarise "$OUT/bpe" de en "$OUT/bpe/test" \
     ${JOINED:+--joined-dictionary}
-say "Ready: $OUT/data$JOINED. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"
+say "Ready: $OUT/data$JOINED. Next:  $FOLDER/train.sh self_kd$(quoted "${OWN[@]}")"

@@ -74,4 +74,4 @@ step "$OUT/tokens" "Tokenising and lower-casing" tokens
 step "$OUT/bpe" "Subwords" subwords "$OUT/tokens" "$MERGES" en de
 step "$OUT/data" "fairseq-preprocess" binarise "$OUT/bpe" en de \
     "$OUT/bpe/test2016,$OUT/bpe/test2017,$OUT/bpe/coco" --joined-dictionary
-say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"
+say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd$(quoted "${OWN[@]}")"

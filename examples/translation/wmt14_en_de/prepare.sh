@@ -77,4 +77,4 @@ step "$OUT/tokens" "Tokenising, and leaving out pairs of unequal length" tokens
 step "$OUT/bpe" "Subwords" subwords "$OUT/tokens" "$MERGES" en de
 step "$OUT/data" "fairseq-preprocess" binarise "$OUT/bpe" en de "$OUT/bpe/test" \
     --joined-dictionary --nwordssrc 32768 --nwordstgt 32768
-say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd ${OWN[*]}"
+say "Ready: $OUT/data. Next:  $FOLDER/train.sh self_kd$(quoted "${OWN[@]}")"
