@@ -155,7 +155,9 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
         (tmp_path / recipe / "data").mkdir(parents=True)
     runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
     # Settings are chosen on validation text alone.
-    assert {run.experiment for run in runs if run.text == "test"} == {"comparison"}
+    assert {run.experiment for run in runs if run.text == "test"} == {
+        *("comparison", "comparison_long"),
+    }
     assert all("--self-kd-max-mass" in run.train for run in runs if run.criterion == "self_kd")
     words = [word for run in runs for word in (*run.train, *run.branch, *run.evaluate("valid"))]
     assert {type(word) for word in words} == {str}
