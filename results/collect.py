@@ -1,5 +1,6 @@
 """The figures of a run, read from the log of its training and the output of its evaluation."""
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -219,8 +220,7 @@ def write(found: List[Row], path: Path) -> None:
     Rows of other runs that the file holds stay in it, since their folders may be elsewhere.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have found other rows
+    with _alone(path.parent):  # another process may have found other rows
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 old = list(csv.DictReader(file))
@@ -232,6 +232,17 @@ def write(found: List[Row], path: Path) -> None:
             writer.writeheader()
             writer.writerows(found)
         partial.replace(path)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that do the same out of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _key(row: Mapping[str, Any]) -> Tuple[str, ...]:

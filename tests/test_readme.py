@@ -57,7 +57,7 @@ def test_the_page_of_results_has_the_figures_of_its_csv():
         key = row["experiment"], row["arm"], row["measure"]
         figures.setdefault(key, []).append(float(row["value"]))
     assert figures
-    shown = ["validation perplexity", "valid BLEU", "valid ECE"]
+    shown = ["validation perplexity", "valid BLEU", "valid perplexity", "valid ECE"]
     shown += ["test2016 BLEU", "test2017 BLEU", "coco BLEU", "test ECE"]
     for (_, arm, measure), values in figures.items():
         if measure in shown:
