@@ -49,7 +49,10 @@ def main() -> None:
         sys.exit(f"python -m results: {error}")
     if found:
         collect.write([row for run in found for row in collect.rows(run)], args.csv)
-    print(f"{len(found)} of {len(runs)} runs are complete; their figures are in {args.csv}")
+        conditions = args.csv.with_name(f"{args.csv.stem}-runs.csv")
+        collect.write([collect.conditions(run) for run in found], conditions)
+        print(f"Figures: {args.csv}; what repeats them: {conditions}")
+    print(f"{len(found)} of {len(runs)} runs are complete")
     if failure:
         sys.exit(failure)
 

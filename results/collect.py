@@ -45,10 +45,10 @@ def complete(run: Run) -> bool:
     path = run.folder / "conditions.json"
     if not path.exists():
         return False
-    conditions = json.loads(path.read_text())
-    if conditions["command"] != _training_command(run):
+    command = json.loads(path.read_text())["command"]
+    if command != _training_command(run):
         raise PlanError(
-            f"{run.folder} holds another run than is declared:\n  {conditions['command']}\n"
+            f"{run.folder} holds another run than is declared:\n  {command}\n"
             f"now:\n  {_training_command(run)}\nGive the arm another name, or remove the folder"
         )
     return (run.folder / "done").exists() and scored(run)
@@ -70,7 +70,7 @@ def began(run: Run, threads: int) -> None:
     path = run.folder / "conditions.json"
     if path.exists():
         return
-    conditions = {
+    noted = {
         "fairseq_skd": __version__,
         "fairseq": fairseq_version,
         "torch": torch.__version__,
@@ -80,7 +80,7 @@ def began(run: Run, threads: int) -> None:
         "command": _training_command(run),
     }
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(conditions))
+    partial.write_text(json.dumps(noted))
     partial.replace(path)
 
 
@@ -99,18 +99,25 @@ def _device(threads: int) -> str:
 
 
 def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
-    """Return a row for each figure of a complete run, each with all that repeats it."""
-    conditions: Row = json.loads((run.folder / "conditions.json").read_text())
-    which: Row = {"experiment": run.experiment, "task": run.task, "arm": run.arm, "seed": run.seed}
+    """Return a row for each figure of a complete run; `conditions` has what repeats them."""
     text = (evaluation or run.evaluation).read_text(encoding="utf-8")
-    figures = [*_training(run), *scores(text)]
-    penalty = next((value for name, value, _ in figures if name == "length penalty"), None)
-    evaluation_commands = (run.evaluate(run.text, penalty), calibration.command(run))
-    conditions["evaluation"] = " && ".join(map(_shown, evaluation_commands))
     return [
-        {**which, "measure": measure, "value": value, "signature": signature, **conditions}
-        for measure, value, signature in figures
+        {**_which(run), "measure": measure, "value": value, "signature": signature}
+        for measure, value, signature in (*_training(run), *scores(text))
     ]
+
+
+def conditions(run: Run) -> Row:
+    """Return one row with all that repeats the figures of a complete run."""
+    noted: Row = json.loads((run.folder / "conditions.json").read_text())
+    found = scores(run.evaluation.read_text(encoding="utf-8"))
+    penalty = next((value for name, value, _ in found if name == "length penalty"), None)
+    commands = (run.evaluate(run.text, penalty), calibration.command(run))
+    return {**_which(run), **noted, "evaluation": " && ".join(map(_shown, commands))}
+
+
+def _which(run: Run) -> Row:
+    return {"experiment": run.experiment, "task": run.task, "arm": run.arm, "seed": run.seed}
 
 
 def curve(run: Run) -> Curve:

@@ -104,7 +104,7 @@ def test_an_arm_may_begin_with_what_another_has_learnt(tmp_path):
         *("--criterion", "self_kd", "--user-dir", str(ROOT / "fairseq_skd")),
     ]
     finish(run)
-    command = collect.rows(run)[0]["command"]
+    command = collect.conditions(run)["command"]
     assert command.index("results.branch") < command.index(
         " && examples/translation/multi30k/train.sh"
     )
@@ -181,10 +181,12 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     }
     (bleu,) = [row for row in rows if row["measure"] == "test2016 BLEU"]
     assert bleu["signature"] == "BLEU|nrefs:1|case:lc|version:2.6.0"
-    assert bleu["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
-    assert "python -m results.calibration " in bleu["evaluation"]
-    assert bleu["torch"] == torch.__version__
-    assert "1 of " in bleu["device"]
+    conditions = collect.conditions(run)
+    assert (conditions["arm"], conditions["seed"]) == (bleu["arm"], bleu["seed"])
+    assert conditions["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
+    assert "python -m results.calibration " in conditions["evaluation"]
+    assert conditions["torch"] == torch.__version__
+    assert "1 of " in conditions["device"]
     lines = "".join(collect.length_penalty_lines({0.6: 35.0, 1.0: 35.5}, 1.0))
     assert collect.length_penalties(EVALUATION + lines) == {0.6: 35.0, 1.0: 35.5}
     assert [(name, value) for name, value, _ in collect.scores(lines)] == [
@@ -202,7 +204,7 @@ def test_conditions_are_those_of_the_beginning(tmp_path):
     noted = json.loads((run.folder / "conditions.json").read_text())
     (run.folder / "conditions.json").write_text(json.dumps({**noted, "torch": "older"}))
     collect.began(run, threads=2)
-    assert {row["torch"] for row in collect.rows(run)} == {"older"}
+    assert collect.conditions(run)["torch"] == "older"
 
 
 def test_a_run_that_was_declared_otherwise_is_not_taken_for_complete(tmp_path):
@@ -310,6 +312,10 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     with (tmp_path / "out.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert len(found) == 3 * FIGURES
+    with (tmp_path / "out-runs.csv").open(encoding="utf-8") as file:
+        assert [(row["arm"], row["seed"]) for row in csv.DictReader(file)] == [
+            *(("plain", "1"), ("near", "1"), ("plain", "2")),
+        ]
     assert "Training with self_kd" in (runs[3].folder / "train.out").read_text()
     shutil.rmtree(runs[3].folder)
     finish(runs[3])
