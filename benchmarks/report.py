@@ -1,6 +1,7 @@
 """The table and the plot of a measurement, from its CSV: ``python -m benchmarks.report``."""
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -73,6 +74,8 @@ def plot(rows: List[Row], path: Path) -> None:
 
 def svg_pyplot() -> Any:
     """Return matplotlib's pyplot, set up so that equal figures give equal files."""
+    # fairseq has all loggers print all they have; this one has a line for each font.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     import matplotlib
 
     matplotlib.use("svg")

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Dict, Iterator, List, Set
 
-from results import calibration, collect
+from results import calibration, collect, compare
 from results.branch import trunk_checkpoint
-from results.plan import ROOT, PlanError, Run, Trunk, read
+from results.plan import ROOT, PlanError, Run, Trunk, check_prepared, read
 
 
 def main() -> None:
@@ -41,6 +41,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         runs = read(args.plan, args.out.resolve())
+        check_prepared(runs)
         for run in runs:
             collect.complete(run)  # a run that was declared otherwise is refused before any work
         failure = Runner(runs, args.jobs).run()
@@ -48,10 +49,13 @@ def main() -> None:
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results: {error}")
     if found:
-        collect.write([row for run in found for row in collect.rows(run)], args.csv)
-        conditions = args.csv.with_name(f"{args.csv.stem}-runs.csv")
+        print("Comparing translations with the baselines': some seconds an arm", flush=True)
+        figures = [row for run in found for row in collect.rows(run)]
+        collect.write([*figures, *compare.rows(found, runs)], args.csv)
+        conditions, curves = (collect.beside(args.csv, what) for what in ("runs", "curves"))
         collect.write([collect.conditions(run) for run in found], conditions)
-        print(f"Figures: {args.csv}; what repeats them: {conditions}")
+        collect.write([row for run in found for row in collect.curve_rows(run)], curves)
+        print(f"Figures: {args.csv}; what repeats them: {conditions}; curves: {curves}")
     print(f"{len(found)} of {len(runs)} runs are complete")
     if failure:
         sys.exit(failure)

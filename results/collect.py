@@ -101,10 +101,17 @@ def _device(threads: int) -> str:
 def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
     """Return a row for each figure of a complete run; `conditions` has what repeats them."""
     text = (evaluation or run.evaluation).read_text(encoding="utf-8")
-    return [
-        {**_which(run), "measure": measure, "value": value, "signature": signature}
-        for measure, value, signature in (*_training(run), *scores(text))
-    ]
+    return [row(run, *figure) for figure in (*_training(run), *scores(text))]
+
+
+def row(run: Run, measure: str, value: float, signature: str = "") -> Row:
+    """Return one figure as a row."""
+    return {**_which(run), "measure": measure, "value": value, "signature": signature}
+
+
+def curve_rows(run: Run) -> List[Row]:
+    """Return a row for each validation of a run."""
+    return [{**_which(run), "updates": n, "perplexity": round(p, 2)} for n, p in curve(run)]
 
 
 def conditions(run: Run) -> Row:
@@ -229,8 +236,7 @@ def write(found: List[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):  # another process may have found other rows
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                old = list(csv.DictReader(file))
+            old = read(path)
             ours = {_key(row) for row in found}
             found = [*(row for row in old if _key(row) not in ours), *found]
         partial = path.with_name(path.name + ".partial")
@@ -239,6 +245,17 @@ def write(found: List[Row], path: Path) -> None:
             writer.writeheader()
             writer.writerows(found)
         partial.replace(path)
+
+
+def read(path: Path) -> List[Dict[str, str]]:
+    """Return the rows that `write` has written; all that they hold is text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def beside(path: Path, what: str) -> Path:
+    """Return where the runs' conditions or curves are, given the file of their figures."""
+    return path.with_name(f"{path.stem}-{what}.csv")
 
 
 @contextlib.contextmanager

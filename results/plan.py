@@ -47,6 +47,8 @@ class Run:
         Of which the one with the best BLEU on validation text is taken; none: the recipe's.
     trunk : Trunk, optional
         What it begins with; see `results.branch`.
+    prepare : str
+        The command that prepares its data.
     """
 
     experiment: str
@@ -61,6 +63,7 @@ class Run:
     evaluation_options: Sequence[str] = ()
     length_penalties: Sequence[float] = ()
     trunk: Optional[Trunk] = None
+    prepare: str = ""
 
     @property
     def folder(self) -> Path:
@@ -123,8 +126,8 @@ def read(path: Path, out: Path) -> List[Run]:
     Raises
     ------
     PlanError
-        If a name is not declared, a task's data is not prepared, a run begins with one that is not
-        declared before it, or two runs of a name are not the same.
+        If a name is not declared, a run begins with one that is not declared before it, or two runs
+        of a name are not the same.
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
     tasks, arms = declared["tasks"], declared["arms"]
@@ -138,9 +141,7 @@ def read(path: Path, out: Path) -> List[Run]:
         _check(path, "text", [experiment["text"]], TEXTS)
         recipe = ROOT / "examples" / task["recipe"]
         folder = out / task.get("data", recipe.name)
-        if not (folder / "data").is_dir():
-            prepare = [f"{recipe}/prepare.sh --out {folder}", *map(str, task.get("prepare", []))]
-            raise PlanError(f"{folder} holds no data; first:  {' '.join(prepare)}")
+        prepare = [f"{recipe}/prepare.sh", "--out", str(folder), *map(str, task.get("prepare", []))]
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
                 criterion = arms[arm]["criterion"]
@@ -175,6 +176,7 @@ def read(path: Path, out: Path) -> List[Run]:
                     evaluation_options=[str(option) for option in _flat(task.get("evaluate", []))],
                     length_penalties=experiment.get("length_penalties", []),
                     trunk=trunk,
+                    prepare=" ".join(prepare),
                 )
                 if trained.setdefault(run.folder, run.train) != run.train:
                     raise PlanError(
@@ -182,6 +184,19 @@ def read(path: Path, out: Path) -> List[Run]:
                     )
                 runs.append(run)
     return runs
+
+
+def check_prepared(runs: Sequence[Run]) -> None:
+    """Refuse runs whose data is not there.
+
+    Raises
+    ------
+    PlanError
+        With the command that prepares it.
+    """
+    for run in runs:
+        if not (run.out / "data").is_dir():
+            raise PlanError(f"{run.out} holds no data; first:  {run.prepare}")
 
 
 def _flat(options: Sequence[Any]) -> List[Any]:

@@ -14,18 +14,16 @@ MEASURES = [
 ]
 
 
-def arms(values: Dict[str, Dict[str, List[float]]], baseline: str, path: Path) -> None:
+def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
     """Draw one row an arm and one panel a measure (SVG).
 
     A dot is the mean over seeds, its line one standard deviation to either side; the vertical line
-    is the baseline's mean.
+    is the mean of the first arm, the baseline.
 
     Parameters
     ----------
     values : dict
         For each arm and measure the figures of all seeds.
-    baseline : str
-        An arm; without a line if there are no figures of it.
     path : Path
         Of the SVG.
     """
@@ -44,8 +42,8 @@ def arms(values: Dict[str, Dict[str, List[float]]], baseline: str, path: Path) -
             if found:
                 deviation = statistics.stdev(found) if len(found) > 1 else 0
                 axis.errorbar(statistics.fmean(found), place, xerr=deviation, fmt="o", color="C0")
-        if measure in values.get(baseline, {}):
-            mean = statistics.fmean(values[baseline][measure])
+        if measure in values[names[0]]:
+            mean = statistics.fmean(values[names[0]][measure])
             axis.axvline(mean, color="black", linewidth=0.8)
         axis.set_xlabel(measure)
     axes[0][0].set_yticks(range(len(names)), names)

@@ -1,70 +1,98 @@
 """Tables of the results, as Markdown, and their plots: ``python -m results.report``.
 
 For every experiment the mean and the standard deviation over seeds of every figure; "(2 of 3)"
-where not all seeds have it. What was translated is also tested, seed by seed, against the first
-declared arm of the experiment, its baseline: the difference of BLEU and chrF2 and the p of
-sacrebleu's paired bootstrap (Koehn 2004).
+where not all seeds have it. What was translated is also compared, seed by seed, with the baseline:
+the difference of BLEU and chrF2 and its p (`results.compare`). All of it comes from the CSV files
+that ``python -m results`` writes, so it needs none of the runs' folders. The plots are written
+beside them; a page of their name, ``.md``, gets its tables between the lines
+``<!-- tables of NAME -->`` and ``<!-- end of NAME -->``.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
-
-import sacrebleu
-from sacrebleu.significance import PairedTest
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from results import collect, plots
-from results.plan import ROOT, PlanError, Run, read
+from results.compare import AGAINST
+from results.plan import ROOT, PlanError, read
 
-SAMPLES = 1000
 TRAINING = "training"
-REACHED = "minutes of updates to the baseline's best"
+Rows = Sequence[Dict[str, str]]
 
 
 def main() -> None:
-    """Print the tables and draw the plots of all complete runs of a plan."""
+    """Print the tables of all figures, put them into the page, and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
-    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where prepared data is")
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder for the plots")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results.csv")
     args = parser.parse_args()
     try:
-        declared = read(args.plan, args.out.resolve())
-        complete = [run for run in declared if collect.complete(run)]
+        order = declared_order(args.plan)
+        found, curves = (
+            sort(collect.read(path), order)
+            for path in (args.csv, collect.beside(args.csv, "curves"))
+        )
+    except FileNotFoundError as error:
+        sys.exit(f"python -m results.report: no {error.filename}; first: python -m results")
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results.report: {error}")
-    if not complete:
-        sys.exit("python -m results.report: no run is complete yet; first:  python -m results")
-    args.plots.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(run.experiment for run in complete):
-        baseline = next(run.arm for run in declared if run.experiment == name)
-        runs = [run for run in complete if run.experiment == name]
-        print("\n".join(tables(runs, baseline)))
-        plots.arms(values(runs, baseline), baseline, args.plots / f"results-{name}.svg")
-        curves: Dict[str, List[collect.Curve]] = {}
-        for run in runs:
-            curves.setdefault(run.arm, []).append(collect.curve(run))
-        plots.curves(curves, args.plots / f"results-{name}-curves.svg")
+    page = args.csv.with_suffix(".md")
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    for name in dict.fromkeys(row["experiment"] for row in found):
+        rows = [row for row in found if row["experiment"] == name]
+        made = "".join(f"{part}\n" for part in tables(rows))
+        print(f"## {name}: {rows[0]['task']}\n\n{made}", end="")
+        text = placed(text, name, made)
+        plots.arms(values(rows), args.csv.with_name(f"{args.csv.stem}-{name}.svg"))
+        lines = [row for row in curves if row["experiment"] == name]
+        plots.curves(_curves(lines), args.csv.with_name(f"{args.csv.stem}-{name}-curves.svg"))
+    if page.exists():
+        page.write_text(text, encoding="utf-8")
 
 
-def tables(runs: Sequence[Run], baseline: str) -> Iterator[str]:
-    """Yield the tables of one experiment's complete runs, each below what it is about."""
-    yield f"## {runs[0].experiment}: {runs[0].task}\n"
-    found = values(runs, baseline)
+def declared_order(path: Path) -> List[Tuple[str, str]]:
+    """Return experiments and arms of a plan, as they are declared."""
+    return list(dict.fromkeys((run.experiment, run.arm) for run in read(path, ROOT / "runs")))
+
+
+def sort(rows: Rows, order: Sequence[Tuple[str, str]]) -> Rows:
+    """Return the rows in the order of the plan, seed by seed; what it does not have comes last."""
+    places = {which: place for place, which in enumerate(order)}
+
+    def place(row: Dict[str, str]) -> Tuple[int, int]:
+        return places.get((row["experiment"], row["arm"]), len(places)), int(row["seed"])
+
+    return sorted(rows, key=place)
+
+
+def placed(page: str, name: str, made: str) -> str:
+    """Return a page with the tables of an experiment in their place, if it has one for them."""
+    begin, end = f"<!-- tables of {name} -->\n", f"<!-- end of {name} -->\n"
+    region = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", re.DOTALL)
+    return region.sub(lambda _: f"\n{made}", page)
+
+
+def tables(rows: Rows) -> Iterator[str]:
+    """Yield the tables of one experiment, each below what it is about."""
+    found = values(rows)
     measures = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    p_values = {name for name in measures if AGAINST in name}
     for group in dict.fromkeys(_group(name) for name in measures):
-        names = [name for name in measures if _group(name) == group]
+        names = [name for name in measures if _group(name) == group and name not in p_values]
         heads = [name if group == TRAINING else name[len(group) + 1 :] for name in names]
         lines = [["arm", "seeds", *heads]]
         for arm, figures in found.items():
-            seeds = len({run.seed for run in runs if run.arm == arm})
+            seeds = len({row["seed"] for row in rows if row["arm"] == arm})
             cells = (_mean(figures.get(name, []), seeds) for name in names)
             lines.append([arm, str(seeds), *cells])
         yield f"{group}\n\n{table(lines)}\n"
-        if (runs[0].folder / f"{group}.ref").exists() and baseline in found:
-            differences = significance(runs, baseline, group)
+        compared = [name for name in measures if _group(name) == group and name in p_values]
+        if compared:
+            baseline = compared[0].split(AGAINST)[1]
+            differences = _differences(rows, compared)
             yield f"{group}, difference to {baseline} (p)\n\n{differences}\n"
 
 
@@ -73,74 +101,45 @@ def _group(measure: str) -> str:
     return TRAINING if group in ("validation", "updates", "seconds", "minutes") else group
 
 
-def values(runs: Sequence[Run], baseline: str) -> Dict[str, Dict[str, List[float]]]:
+def values(rows: Rows) -> Dict[str, Dict[str, List[float]]]:
     """Return the figures of all seeds, by arm and measure."""
     found: Dict[str, Dict[str, List[float]]] = {}
-    best = {
-        run.seed: min(perplexity for _, perplexity in collect.curve(run))
-        for run in runs
-        if run.arm == baseline
-    }
-    for run in runs:
-        figures = {str(row["measure"]): float(row["value"]) for row in collect.rows(run)}
-        minutes = minutes_to(run, best[run.seed], runs) if run.seed in best else None
-        if minutes is not None:
-            figures[REACHED] = minutes
-        for name, value in figures.items():
-            found.setdefault(run.arm, {}).setdefault(name, []).append(value)
+    for row in rows:
+        measures = found.setdefault(row["arm"], {})
+        measures.setdefault(row["measure"], []).append(float(row["value"]))
     return found
 
 
-def minutes_to(run: Run, perplexity: float, others: Sequence[Run]) -> Optional[float]:
-    """Return the minutes of updates until a validation perplexity was reached.
-
-    Those of the trunk that the run began with, one of the others, count too. None if the perplexity
-    was never reached or the figures are not there.
-    """
-    seconds = collect.seconds_an_update(run)
-    trunk = next((o for o in others if run.trunk and o.folder == run.trunk.folder), None)
-    before = collect.seconds_an_update(trunk) if trunk else seconds
-    if seconds is None or before is None or (run.trunk and not trunk):
-        return None
-    shared = run.trunk.updates if run.trunk else 0
-    curve = [point for point in collect.curve(trunk) if point[0] <= shared] if trunk else []
-    for updates, reached in [*curve, *collect.curve(run)]:
-        if reached <= perplexity:
-            first = min(updates, shared)
-            return (first * before + (updates - first) * seconds) / 60
-    return None
+def _curves(rows: Rows) -> Dict[str, List[collect.Curve]]:
+    """Return the curves of all seeds, by arm."""
+    found: Dict[str, Dict[str, collect.Curve]] = {}
+    for row in rows:
+        curve = found.setdefault(row["arm"], {}).setdefault(row["seed"], [])
+        curve.append((int(row["updates"]), float(row["perplexity"])))
+    return {arm: list(curves.values()) for arm, curves in found.items()}
 
 
-def significance(runs: Sequence[Run], baseline: str, text: str) -> str:
+def _differences(rows: Rows, compared: Sequence[str]) -> str:
     """Return one row an arm: for each seed the differences to the baseline, and their p."""
-    seeds = sorted({run.seed for run in runs})
-    metrics = ("BLEU", "chrF2")
-    lines = [["arm", *(f"{metric}, seed {seed}" for seed in seeds for metric in metrics)]]
-    for arm in dict.fromkeys(run.arm for run in runs if run.arm != baseline):
-        cells: List[str] = []
+    found = {(row["arm"], row["seed"], row["measure"]): float(row["value"]) for row in rows}
+    baseline = compared[0].split(AGAINST)[1]
+    measures = [name.split(AGAINST)[0] for name in compared]
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    heads = (f"{name.split()[-1]}, seed {seed}" for seed in seeds for name in measures)
+    lines = [["arm", *heads]]
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != baseline):
+        cells = []
         for seed in seeds:
-            pair = [run for run in runs if run.seed == seed and run.arm in (baseline, arm)]
-            pair.sort(key=lambda run: run.arm != baseline)
-            cells += _differences(pair, text) if len(pair) == 2 else [""] * len(metrics)
+            for measure, p_name in zip(measures, compared):
+                mine, others = (found.get((name, seed, measure)) for name in (arm, baseline))
+                p = found.get((arm, seed, p_name))
+                if mine is None or others is None:
+                    cells.append("")
+                else:
+                    sure = "" if p is None else f" (p = {p:.3f})"
+                    cells.append(f"{mine - others:+.1f}{sure}")
         lines.append([arm, *cells])
     return table(lines)
-
-
-def _differences(pair: Sequence[Run], text: str) -> List[str]:
-    systems = [(run.arm, _lines(run.folder / f"{text}.txt")) for run in pair]
-    lower = "case:lc" in pair[0].evaluation.read_text(encoding="utf-8")
-    metrics = {"BLEU": sacrebleu.BLEU(lowercase=lower), "chrF2": sacrebleu.CHRF(lowercase=lower)}
-    references = [_lines(pair[0].folder / f"{text}.ref")]
-    test = PairedTest(systems, metrics, references, test_type="bs", n_samples=SAMPLES)
-    found = test()[1]
-    return [
-        f"{other.score - baseline.score:+.1f} (p = {other.p_value:.3f})"
-        for baseline, other in (found[metric] for metric in metrics)
-    ]
-
-
-def _lines(path: Path) -> List[str]:
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def _mean(found: Sequence[float], seeds: int) -> str:

@@ -1,14 +1,15 @@
 """What the README says is so."""
 
-import csv
 import re
-import statistics
+import shutil
+import sys
 
 import torch
 
 from benchmarks import report
 from fairseq_skd.criterion import SelfKDCriterionConfig
 from fairseq_skd.options import SelfKDOptions
+from results import report as results_report
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,18 +49,22 @@ def test_the_benchmark_tables_are_those_of_the_measurement():
             assert float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
 
 
-def test_the_page_of_results_has_the_figures_of_its_csv():
-    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
-    with (ROOT / "docs" / "results.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    figures = {}
-    for row in rows:
-        key = row["experiment"], row["arm"], row["measure"]
-        figures.setdefault(key, []).append(float(row["value"]))
-    assert figures
-    shown = ["validation perplexity", "valid BLEU", "valid perplexity", "valid ECE"]
-    shown += ["test2016 BLEU", "test2017 BLEU", "coco BLEU", "test ECE"]
-    for (_, arm, measure), values in figures.items():
-        if measure in shown:
-            mean = f"| {statistics.fmean(values):.4g} "
-            assert any(line.startswith(f"| {arm} |") and mean in line for line in lines), arm
+def test_the_page_of_results_has_the_tables_and_the_plots_of_its_csv(tmp_path, monkeypatch):
+    docs = ROOT / "docs"
+    for path in docs.glob("results*.csv"):
+        shutil.copy(path, tmp_path)
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    inside = re.compile(r"(<!-- tables of \w+ -->\n).*?(<!-- end)", re.DOTALL)
+    (tmp_path / "results.md").write_text(inside.sub(r"\1\2", page), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["report", "--csv", str(tmp_path / "results.csv")])
+    results_report.main()
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == page
+    plots = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert plots == sorted(path.name for path in docs.glob("results-*.svg"))
+    for name in plots:
+        drawn, shown = (
+            re.findall(">([^<]+)</text>", (folder / name).read_text(encoding="utf-8"))
+            for folder in (tmp_path, docs)
+        )
+        assert drawn == shown
+        assert f"]({name})" in page

@@ -1,6 +1,5 @@
 """The runner of experiments: what it runs, what it leaves alone, what it collects."""
 
-import csv
 import functools
 import json
 import math
@@ -12,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from results import calibration, collect, plan, report
+from results import calibration, collect, compare, plan, report
 from tests.conftest import ROOT
 
 PLAN = """
@@ -64,6 +63,8 @@ def finish(run):
     log += [VALID.format(loss=3.7, ppl=6, n=360)]
     (run.folder / "train.log").write_text("\n".join(log) + "\n")
     run.evaluation.write_text(EVALUATION + collect.scored_by(run))
+    for name in ("test2016.ref", "test2016.txt"):
+        (run.folder / name).write_text("a man walks\n")
     collect.began(run, threads=1)
     (run.folder / "done").touch()
 
@@ -137,22 +138,25 @@ def test_the_criterion_of_a_branch_is_the_one_that_trains(tmp_path):
         (PLAN.replace("[plain, near]", "[plain, far]"), "the arm is far; allowed: plain, near"),
         (PLAN.replace("task: translate", "task: talk"), "the task is talk; allowed: translate"),
         (PLAN.replace("text: test", "text: train"), "the text is train; allowed: valid, test"),
-        (PLAN.replace("translation/multi30k", "translation/other"), "other holds no data; first:"),
-        (
-            PLAN.replace("options: [--lr, 0.5]", "data: small\n    prepare: [--merges, 9]"),
-            "small holds no data; first: .*prepare.sh --out .*small --merges 9",
-        ),
     ],
 )
-def test_a_plan_for_what_is_not_there_is_refused(text, message, tmp_path):
+def test_a_plan_of_what_is_not_declared_is_refused(text, message, tmp_path):
     path = prepare(tmp_path, text)
     with pytest.raises(plan.PlanError, match=message):
         plan.read(path, tmp_path)
 
 
+def test_a_plan_whose_data_is_not_there_is_refused_before_any_work(tmp_path):
+    text = PLAN.replace("options: [--lr, 0.5]", "data: small\n    prepare: [--merges, 9]")
+    prepare(tmp_path, text)
+    done = results(tmp_path)
+    assert done.returncode != 0
+    message = f"{tmp_path}/small holds no data; first:  {ROOT}/examples/translation/multi30k"
+    assert f"{message}/prepare.sh --out {tmp_path}/small --merges 9\n" in done.stdout
+    assert "training" not in done.stdout
+
+
 def test_the_plan_of_the_project_is_valid(tmp_path):
-    for recipe in ("multi30k", "multi30k-4000", "wikitext2-10000"):
-        (tmp_path / recipe / "data").mkdir(parents=True)
     runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
     # Settings are chosen on validation text alone.
     assert {run.experiment for run in runs if run.text == "test"} == {
@@ -234,14 +238,14 @@ def test_a_branch_is_timed_from_where_it_began(tmp_path):
     (run.folder / "train.log").write_text("\n".join(log))
     assert collect.seconds_an_update(trunk) == 1
     assert collect.seconds_an_update(run) == 3  # 300 s for the updates 201 to 300
-    minutes = functools.partial(report.minutes_to, run, others=[trunk, run])
+    minutes = functools.partial(compare.minutes_to, run, others=[trunk, run])
     assert minutes(9.5) == pytest.approx(120 / 60)  # the trunk's
     assert minutes(5.3) == pytest.approx(180 / 60)
     trunk_log = trunk.folder / "train.log"
     trunk_log.write_text(trunk_log.read_text().replace("num_updates 180", "num_updates 220"))
     assert minutes(5.3) == pytest.approx((200 + 100 * 3) / 60)
     assert minutes(5.2) is None
-    assert report.minutes_to(run, 5.3, [run]) is None  # what the trunk took is not known
+    assert compare.minutes_to(run, 5.3, [run]) is None  # what the trunk took is not known
 
 
 def test_rows_of_runs_that_are_elsewhere_stay(tmp_path):
@@ -251,8 +255,7 @@ def test_rows_of_runs_that_are_elsewhere_stay(tmp_path):
     path = tmp_path / "out.csv"
     collect.write([row for run in runs[:2] for row in collect.rows(run)], path)
     collect.write([row for run in runs[1:3] for row in collect.rows(run)], path)
-    with path.open(encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
+    found = collect.read(path)
     assert len(found) == 3 * FIGURES
     assert {(row["arm"], row["seed"]) for row in found} == {
         *(("plain", "1"), ("near", "1"), ("plain", "2")),
@@ -309,13 +312,11 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "train.sh self_kd --out" in done.stdout
     assert "failed; the end of" in done.stdout
     assert "3 of 4 runs are complete" in done.stdout
-    with (tmp_path / "out.csv").open(encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    assert len(found) == 3 * FIGURES
-    with (tmp_path / "out-runs.csv").open(encoding="utf-8") as file:
-        assert [(row["arm"], row["seed"]) for row in csv.DictReader(file)] == [
-            *(("plain", "1"), ("near", "1"), ("plain", "2")),
-        ]
+    # And when each has come to the baseline's best, and how sure near's two differences are.
+    assert len(collect.read(tmp_path / "out.csv")) == 3 * FIGURES + 3 + 2
+    assert [(row["arm"], row["seed"]) for row in collect.read(tmp_path / "out-runs.csv")] == [
+        *(("plain", "1"), ("near", "1"), ("plain", "2")),
+    ]
     assert "Training with self_kd" in (runs[3].folder / "train.out").read_text()
     shutil.rmtree(runs[3].folder)
     finish(runs[3])
@@ -359,71 +360,115 @@ def test_an_interruption_stops_what_runs(number, tmp_path):
     assert found.stdout == ""  # none was left behind
 
 
-def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path):
-    runs = plan.read(prepare(tmp_path), tmp_path)
+PAGE = """# Results
+<!-- tables of first -->
+old
+<!-- end of first -->
+What it says.
+<!-- tables of other -->
+not of this plan
+<!-- end of other -->
+"""
+
+
+def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path, monkeypatch, capsys):
+    path = prepare(tmp_path)
     reference = [
         f"{'abc'[i % 3]} man number {i} walks past {i % 7} red houses ." for i in range(60)
     ]
-    for run in runs:
+    for run in plan.read(path, tmp_path):
         finish(run)
-        (run.folder / "test2016.ref").write_text("\n".join(reference) + "\n")
         # `near` is right everywhere with seed 1, and just as wrong as `plain` with seed 2.
         right = run.arm == "near" and run.seed == 1
         lines = reference if right else [line.replace("red", "green") for line in reference]
-        (run.folder / "test2016.txt").write_text("\n".join(lines) + "\n")
-    training, scores, differences, predicted = list(report.tables(runs, "plain"))[1:]
-    assert training.splitlines()[0] == "training"
+        for name, written in (("test2016.ref", reference), ("test2016.txt", lines)):
+            (run.folder / name).write_text("\n".join(written) + "\n")
+        if right:
+            text = run.evaluation.read_text().replace(" = 36.4 ", " = 42.5 ")
+            run.evaluation.write_text(text)
+    assert results(tmp_path).returncode == 0
+    for run in plan.read(path, tmp_path):
+        shutil.rmtree(run.folder)  # not needed any more
+    (tmp_path / "out.md").write_text(PAGE)
+    monkeypatch.setattr(
+        sys, "argv", ["report", "--plan", str(path), "--csv", str(tmp_path / "out.csv")]
+    )
+    report.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("## first: translate\n\ntraining\n\n| arm | seeds | validation")
+    tables = printed.split("\n\n", 1)[1]
+    page = (tmp_path / "out.md").read_text()
+    assert page == PAGE.replace("old\n", f"\n{tables}")
     assert (
         "| seconds an update | minutes of updates | minutes of updates to the baseline's best |"
-        in training
+        in printed
     )
-    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 3 ± 0 |" in training
-    assert "| near | 2 | 36.4 ± 0 | 0.959 ± 0 | 60.2 ± 0 |" in scores
-    assert predicted.startswith("test\n\n| arm | seeds | words | accuracy | ECE |")
-    lines = differences.splitlines()
-    assert lines[0] == "test2016, difference to plain (p)"
+    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 3 ± 0 |" in printed
+    assert "| near | 2 | 39.45 ± 4.3 | 0.959 ± 0 | 60.2 ± 0 |" in printed
+    assert "test\n\n| arm | seeds | words | accuracy | ECE |" in printed
+    lines = printed[printed.index("test2016, difference to plain (p)") :].splitlines()
     assert lines[2] == "| arm | BLEU, seed 1 | chrF2, seed 1 | BLEU, seed 2 | chrF2, seed 2 |"
     arm, bleu, chrf, *same = lines[4].strip("| ").split(" | ")
     assert arm == "near"
-    assert float(bleu.split()[0]) > 5
-    assert float(chrf.split()[0]) > 5
-    assert bleu.endswith("(p = 0.001)")
+    assert bleu == "+6.1 (p = 0.001)"
+    assert chrf == "+0.0 (p = 0.001)"
     assert all(cell.startswith("+0.0 (p = ") for cell in same)
+    signatures = {row["signature"] for row in collect.read(tmp_path / "out.csv")}
+    assert any(s.startswith("BLEU|nrefs:1|bs:1000|seed:12345|case:lc|") for s in signatures)
+    for name in ("out-first.svg", "out-first-curves.svg"):
+        drawn = (tmp_path / name).read_text()
+        assert ">near<" in drawn
+        assert ">plain<" in drawn
+    assert ">test2016 BLEU<" in (tmp_path / "out-first.svg").read_text()
+
+
+def test_only_what_a_run_has_scored_is_compared(tmp_path):
+    runs = plan.read(prepare(tmp_path), tmp_path)[:2]
+    for run in runs:
+        finish(run)
+        (run.folder / "valid.ref").write_text("of another experiment\n")
+        (run.folder / "valid.txt").write_text("of another experiment\n")
+    measures = {row["measure"] for row in compare.rows(runs, runs)}
+    assert measures == {
+        *(compare.REACHED, "test2016 BLEU, p against plain", "test2016 chrF2, p against plain"),
+    }
+    assert list(compare.rows(runs[1:], runs)) == []  # without the baseline
 
 
 def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
     runs = plan.read(prepare(tmp_path), tmp_path)[:2]
     for run in runs:
         finish(run)
+        run.evaluation.write_text("perplexities\n")
     log = runs[1].folder / "train.log"
     log.write_text(log.read_text().replace("ppl 5.25", "ppl 5.35"))
-    training = list(report.tables(runs, "plain"))[1].splitlines()
-    assert training[-2].endswith("| 3 |")
-    assert training[-1].endswith("|  |")
+    (row,) = compare.rows(runs, runs)
+    assert (row["arm"], row["measure"], row["value"]) == ("plain", compare.REACHED, 3)
 
 
-def test_the_report_draws_every_arm(tmp_path, monkeypatch, capsys):
-    path = prepare(tmp_path)
-    for run in plan.read(path, tmp_path):
-        finish(run)
-    plots = tmp_path / "plots"
-    arguments = ["report", "--plan", path, "--out", tmp_path, "--plots", plots]
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
-    report.main()
-    assert "## first: translate" in capsys.readouterr().out
-    for name in ("results-first.svg", "results-first-curves.svg"):
-        drawn = (plots / name).read_text()
-        assert ">near<" in drawn
-        assert ">plain<" in drawn
-    assert ">test2016 BLEU<" in (plots / "results-first.svg").read_text()
+def test_an_arm_that_lacks_figures_is_not_left_out(tmp_path):
+    row = {"experiment": "e", "task": "t", "arm": "a", "seed": "2", "signature": ""}
+    rows = [
+        {**row, "seed": "1", "measure": "valid BLEU", "value": "30"},
+        {**row, "measure": "valid BLEU", "value": "30"},
+        {**row, "measure": "valid chrF2", "value": "50"},
+        {**row, "arm": "b", "measure": "valid BLEU", "value": "31"},
+        {**row, "arm": "b", "measure": "valid BLEU, p against a", "value": "0.5"},
+    ]
+    scores, differences = report.tables(report.sort(rows, [("e", "b"), ("e", "a")]))
+    assert scores.splitlines()[2:] == [
+        *("| arm | seeds | BLEU | chrF2 |", "|---|---|---|---|"),
+        *("| b | 1 | 31 |  |", "| a | 2 | 30 ± 0 | 50 (1 of 2) |"),
+    ]
+    assert differences.splitlines()[2:] == [
+        *("| arm | BLEU, seed 1 | BLEU, seed 2 |", "|---|---|---|"),
+        "| b |  | +1.0 (p = 0.500) |",
+    ]
 
 
 def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch):
     path = prepare(tmp_path)
-    arguments = ["report", "--plan", str(path), "--out", str(tmp_path)]
+    arguments = ["report", "--plan", str(path), "--csv", str(tmp_path / "none.csv")]
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit, match="no run is complete yet; first:  python -m results"):
-        report.main()
-    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="holds no data; first:"):
+    with pytest.raises(SystemExit, match=r"no .*none\.csv; first: python -m results"):
         report.main()
