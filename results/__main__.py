@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Set
+from typing import Callable, Dict, Iterator, List, Set
 
 from results import calibration, collect, compare
 from results.branch import trunk_checkpoint
@@ -50,12 +50,16 @@ def main() -> None:
         sys.exit(f"python -m results: {error}")
     if found:
         print("Comparing translations with the baselines': some seconds an arm", flush=True)
-        figures = [row for run in found for row in collect.rows(run)]
-        collect.write([*figures, *compare.rows(found, runs)], args.csv)
-        conditions, curves = (collect.beside(args.csv, what) for what in ("runs", "curves"))
+        names = ("runs", "curves", "compared")
+        conditions, curves, compared = (collect.beside(args.csv, name) for name in names)
+        collect.write([row for run in found for row in collect.rows(run)], args.csv)
         collect.write([collect.conditions(run) for run in found], conditions)
         collect.write([row for run in found for row in collect.curve_rows(run)], curves)
-        print(f"Figures: {args.csv}; what repeats them: {conditions}; curves: {curves}")
+        collect.write(list(compare.rows(found, runs)), compared)
+        print(
+            f"Figures: {args.csv}; what repeats them: {conditions}; validation: {curves}; "
+            f"comparisons: {compared}"
+        )
     print(f"{len(found)} of {len(runs)} runs are complete")
     if failure:
         sys.exit(failure)
@@ -101,8 +105,10 @@ class Runner:
             began = time.time()
             collect.began(run, self.threads)
             if not (run.folder / "done").exists():
+                if run.after is not None:
+                    self._wait(title, f"the end of {run.after}", (run.after / "done").exists)
                 if run.trunk is not None and not (run.folder / "checkpoint_last.pt").exists():
-                    self._wait(title, run.trunk)
+                    self._wait_for_trunk(title, run.trunk)
                     self._command(run.branch, run.folder / "branch.out", "wb", lock)
                 print(f"{title}: training, log {run.folder}/train.log", flush=True)
                 self._command(run.train, run.folder / "train.out", "wb", lock)
@@ -137,15 +143,25 @@ class Runner:
             found[penalty] = scores["valid BLEU"]
         return found
 
-    def _wait(self, title: str, trunk: Trunk) -> None:
-        """Wait until a trunk has come to its update; it was begun before."""
-        if trunk_checkpoint(trunk.folder, trunk.updates) is None:
-            print(f"{title}: waiting for update {trunk.updates} in {trunk.folder}", flush=True)
-        while trunk_checkpoint(trunk.folder, trunk.updates) is None:
+    def _wait_for_trunk(self, title: str, trunk: Trunk) -> None:
+        folder, updates = trunk.run.folder, trunk.updates
+
+        def ready() -> bool:
+            if trunk_checkpoint(folder, updates) is not None:
+                return True
+            if (folder / "done").exists():
+                raise RunError(f"{folder} has kept no checkpoint of update {updates}")
+            return False
+
+        self._wait(title, f"update {updates} in {folder}", ready)
+
+    def _wait(self, title: str, what: str, ready: Callable[[], bool]) -> None:
+        """Wait for something that another run makes, which was begun before."""
+        if not ready():
+            print(f"{title}: waiting for {what}", flush=True)
+        while not ready():
             if self.stopped:
                 raise Stopped
-            if (trunk.folder / "done").exists():
-                raise RunError(f"{trunk.folder} has kept no checkpoint of update {trunk.updates}")
             time.sleep(1)
 
     def _command(self, command: List[str], output: Path, mode: str, lock: int) -> None:

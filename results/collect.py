@@ -101,17 +101,15 @@ def _device(threads: int) -> str:
 def rows(run: Run, evaluation: Optional[Path] = None) -> List[Row]:
     """Return a row for each figure of a complete run; `conditions` has what repeats them."""
     text = (evaluation or run.evaluation).read_text(encoding="utf-8")
-    return [row(run, *figure) for figure in (*_training(run), *scores(text))]
-
-
-def row(run: Run, measure: str, value: float, signature: str = "") -> Row:
-    """Return one figure as a row."""
-    return {**_which(run), "measure": measure, "value": value, "signature": signature}
+    return [
+        {**which(run), "measure": measure, "value": value, "signature": signature}
+        for measure, value, signature in (*_training(run), *scores(text))
+    ]
 
 
 def curve_rows(run: Run) -> List[Row]:
     """Return a row for each validation of a run."""
-    return [{**_which(run), "updates": n, "perplexity": round(p, 2)} for n, p in curve(run)]
+    return [{**which(run), "updates": n, "perplexity": round(p, 2)} for n, p in curve(run)]
 
 
 def conditions(run: Run) -> Row:
@@ -120,10 +118,18 @@ def conditions(run: Run) -> Row:
     found = scores(run.evaluation.read_text(encoding="utf-8"))
     penalty = next((value for name, value, _ in found if name == "length penalty"), None)
     commands = (run.evaluate(run.text, penalty), calibration.command(run))
-    return {**_which(run), **noted, "evaluation": " && ".join(map(_shown, commands))}
+    trunk = _shown(run.trunk.run.train) if run.trunk else ""
+    return {
+        **which(run),
+        **noted,
+        "evaluation": " && ".join(map(_shown, commands)),
+        "prepare": _shown(run.prepare),
+        "trunk": trunk,
+    }
 
 
-def _which(run: Run) -> Row:
+def which(run: Run) -> Row:
+    """Return what tells a run from others, in every row."""
     return {"experiment": run.experiment, "task": run.task, "arm": run.arm, "seed": run.seed}
 
 
@@ -153,7 +159,7 @@ def _training(run: Run) -> Iterator[Tuple[str, float, str]]:
     if seconds is not None:
         minutes = sum(fields["train_wall"] for fields in _done(run)) / 60
         yield "seconds an update", round(seconds, 3), ""
-        yield "minutes of updates", round(minutes, 1), ""
+        yield "minutes of its own updates", round(minutes, 1), ""
 
 
 def seconds_an_update(run: Run) -> Optional[float]:
@@ -229,10 +235,12 @@ def length_penalties(evaluation: str) -> Dict[float, float]:
 
 
 def write(found: List[Row], path: Path) -> None:
-    """Write rows, at least one, as CSV, whole or not at all.
+    """Write rows as CSV, whole or not at all.
 
     Rows of other runs that the file holds stay in it, since their folders may be elsewhere.
     """
+    if not found:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):  # another process may have found other rows
         if path.exists():

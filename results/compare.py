@@ -1,4 +1,4 @@
-"""The figures of a run that need another one: how sure a difference is, and which came first."""
+"""The figures of a run that need another one, the baseline: differences, and when it is reached."""
 
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
@@ -11,8 +11,7 @@ from results.collect import Row
 from results.plan import Run
 
 SAMPLES = 1000
-AGAINST = ", p against "
-REACHED = "minutes of updates to the baseline's best"
+REACHED = "updates to the baseline's best"
 
 
 def rows(complete: Sequence[Run], declared: Sequence[Run]) -> Iterator[Row]:
@@ -36,31 +35,25 @@ def rows(complete: Sequence[Run], declared: Sequence[Run]) -> Iterator[Row]:
             continue
         best = min(perplexity for _, perplexity in collect.curve(runs[0]))
         for run in runs:
-            minutes = minutes_to(run, best, complete)
-            if minutes is not None:
-                yield collect.row(run, REACHED, round(minutes, 2))
+            updates = updates_to(run, best)
+            if updates is not None:
+                yield _row(run, runs[0], REACHED, updates)
         for text in _translated(runs[0]):
             yield from significance(runs, text)
 
 
-def minutes_to(run: Run, perplexity: float, others: Sequence[Run]) -> Optional[float]:
-    """Return the minutes of updates until a validation perplexity was reached.
+def updates_to(run: Run, perplexity: float) -> Optional[int]:
+    """Return the updates until a validation perplexity was reached, None if it never was.
 
-    Those of the trunk that the run began with, one of the others, count too. None if the perplexity
-    was never reached or the figures are not there.
+    Those of the trunk that the run began with count too; None if they are not there to see.
     """
-    seconds = collect.seconds_an_update(run)
-    trunk = next((o for o in others if run.trunk and o.folder == run.trunk.folder), None)
-    before = collect.seconds_an_update(trunk) if trunk else seconds
-    if seconds is None or before is None or (run.trunk and not trunk):
-        return None
-    shared = run.trunk.updates if run.trunk else 0
-    curve = [point for point in collect.curve(trunk) if point[0] <= shared] if trunk else []
-    for updates, reached in [*curve, *collect.curve(run)]:
-        if reached <= perplexity:
-            first = min(updates, shared)
-            return (first * before + (updates - first) * seconds) / 60
-    return None
+    curve = collect.curve(run)
+    if run.trunk:
+        if not (run.trunk.run.folder / "train.log").exists():
+            return None
+        shared = collect.curve(run.trunk.run)
+        curve = [*(point for point in shared if point[0] <= run.trunk.updates), *curve]
+    return next((updates for updates, reached in curve if reached <= perplexity), None)
 
 
 def _translated(run: Run) -> List[str]:
@@ -70,7 +63,11 @@ def _translated(run: Run) -> List[str]:
 
 
 def significance(runs: Sequence[Run], text: str) -> Iterator[Row]:
-    """Yield the p of sacrebleu's paired bootstrap (Koehn 2004) between each run and the first.
+    """Yield the differences between each run and the first, in BLEU and chrF2, and their p.
+
+    p is of sacrebleu's paired bootstrap (Koehn 2004), and about one-sided: the part of the samples
+    in which the absolute difference is larger than its mean over samples by more than the
+    difference on the text itself.
 
     Parameters
     ----------
@@ -88,10 +85,25 @@ def significance(runs: Sequence[Run], text: str) -> Iterator[Row]:
     test = PairedTest(systems, metrics, references, test_type="bs", n_samples=SAMPLES)
     signatures, found = test()
     for name in metrics:
-        signature = f"{name}|{signatures[name]}"
-        for run, result in zip(runs[1:], found[name][1:]):
-            measure = f"{text} {name}{AGAINST}{runs[0].arm}"
-            yield collect.row(run, measure, round(result.p_value, 4), signature)
+        baseline, *others = found[name]
+        for run, other in zip(runs[1:], others):
+            difference = round(other.score - baseline.score, 2)
+            signature = f"{name}|{signatures[name]}"
+            yield _row(
+                run, runs[0], f"{text} {name}", difference, round(other.p_value, 4), signature
+            )
+
+
+def _row(
+    run: Run,
+    baseline: Run,
+    measure: str,
+    value: float,
+    p: Optional[float] = None,
+    signature: str = "",
+) -> Row:
+    figures: Row = {"measure": measure, "value": value, "p": "" if p is None else p}
+    return {**collect.which(run), "baseline": baseline.arm, **figures, "signature": signature}
 
 
 def _lines(path: Path) -> List[str]:

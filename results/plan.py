@@ -16,14 +16,6 @@ class PlanError(Exception):
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """The run with which another one shares its first updates: its folder, and how many."""
-
-    folder: Path
-    updates: int
-
-
-@dataclass(frozen=True)
 class Run:
     """One arm of one task with one seed.
 
@@ -47,7 +39,9 @@ class Run:
         Of which the one with the best BLEU on validation text is taken; none: the recipe's.
     trunk : Trunk, optional
         What it begins with; see `results.branch`.
-    prepare : str
+    after : Path, optional
+        The folder of a run that has to be trained before this one begins.
+    prepare : sequence of str
         The command that prepares its data.
     """
 
@@ -62,8 +56,9 @@ class Run:
     options: Sequence[str]
     evaluation_options: Sequence[str] = ()
     length_penalties: Sequence[float] = ()
-    trunk: Optional[Trunk] = None
-    prepare: str = ""
+    trunk: Optional["Trunk"] = None
+    after: Optional[Path] = None
+    prepare: Sequence[str] = ()
 
     @property
     def folder(self) -> Path:
@@ -86,9 +81,9 @@ class Run:
         if self.trunk is None:
             return []
         program = [sys.executable, "-m", "results.branch"]
-        folders = [str(self.trunk.folder), str(self.trunk.updates), str(self.folder)]
-        user_dir = self._option("--user-dir", str(ROOT / "fairseq_skd"))
-        criterion = self._option("--criterion", self.criterion)
+        folders = [str(self.trunk.run.folder), str(self.trunk.updates), str(self.folder)]
+        user_dir = self.option("--user-dir") or str(ROOT / "fairseq_skd")
+        criterion = self.option("--criterion") or self.criterion
         return [*program, *folders, "--criterion", criterion, "--user-dir", user_dir]
 
     def evaluate(self, text: str, length_penalty: Optional[float] = None) -> List[str]:
@@ -98,13 +93,22 @@ class Run:
         options = [*only_valid, *self.evaluation_options, *generation]
         return [str(self.recipe / "evaluate.sh"), *self._which(), *options]
 
-    def _option(self, name: str, default: str) -> str:
+    def option(self, name: str) -> Optional[str]:
+        """Return the value of an option for fairseq-train, None if it is not given."""
         found = [value for key, value in zip(self.options, self.options[1:]) if key == name]
-        return found[-1] if found else default
+        return found[-1] if found else None
 
     def _which(self) -> List[str]:
         name = ["--out", str(self.out), "--name", self.folder.name, "--seed", str(self.seed)]
         return [self.criterion, *name]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The run with which another one shares its first updates, and how many."""
+
+    run: Run
+    updates: int
 
 
 def read(path: Path, out: Path) -> List[Run]:
@@ -126,13 +130,13 @@ def read(path: Path, out: Path) -> List[Run]:
     Raises
     ------
     PlanError
-        If a name is not declared, a run begins with one that is not declared before it, or two runs
-        of a name are not the same.
+        If a name is not declared, a run needs one that is not declared before it, or begins with
+        more of it than both train alike, or two runs of a name are not the same.
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
     tasks, arms = declared["tasks"], declared["arms"]
     runs: List[Run] = []
-    trained: Dict[Path, List[str]] = {}
+    declared_before: Dict[Path, Run] = {}
     for experiment in declared["experiments"]:
         name = experiment["task"]
         _check(path, "task", [name], tasks)
@@ -141,7 +145,12 @@ def read(path: Path, out: Path) -> List[Run]:
         _check(path, "text", [experiment["text"]], TEXTS)
         recipe = ROOT / "examples" / task["recipe"]
         folder = out / task.get("data", recipe.name)
-        prepare = [f"{recipe}/prepare.sh", "--out", str(folder), *map(str, task.get("prepare", []))]
+        prepare = [
+            str(recipe / "prepare.sh"),
+            "--out",
+            str(folder),
+            *map(str, task.get("prepare", [])),
+        ]
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
                 criterion = arms[arm]["criterion"]
@@ -151,17 +160,17 @@ def read(path: Path, out: Path) -> List[Run]:
                     *(task.get("self_kd", []) if distils else []),
                     *arms[arm].get("options", []),
                 ]
-                trunk = None
                 shared = task.get("trunk", {})
-                begins_with = arms[arm].get("trunk", distils and shared.get("arm"))
-                if shared and begins_with:
-                    began = folder / f"{name}-{begins_with}-seed{seed}"
-                    trunk = Trunk(began, shared["updates"])
-                    if began not in trained:
+                begins_with = shared and arms[arm].get("trunk", distils and shared["arm"])
+                needed: Dict[str, Run] = {}
+                for other in filter(None, (begins_with, arms[arm].get("after"))):
+                    before = declared_before.get(folder / f"{name}-{other}-seed{seed}")
+                    if before is None:
                         raise PlanError(
-                            f"{path}: {arm} of {name} begins with {began.name}, which is not "
+                            f"{path}: {arm} of {name} needs {other} with seed {seed}, which is not "
                             "declared before it"
                         )
+                    needed[other] = before
                 places = {"root": ROOT, "out": folder, "task": name, "seed": seed}
                 run = Run(
                     experiment=experiment["name"],
@@ -175,10 +184,17 @@ def read(path: Path, out: Path) -> List[Run]:
                     options=[_placed(str(option), places) for option in _flat(given)],
                     evaluation_options=[str(option) for option in _flat(task.get("evaluate", []))],
                     length_penalties=experiment.get("length_penalties", []),
-                    trunk=trunk,
-                    prepare=" ".join(prepare),
+                    trunk=Trunk(needed[begins_with], shared["updates"]) if begins_with else None,
+                    after=needed[arms[arm]["after"]].folder if "after" in arms[arm] else None,
+                    prepare=prepare,
                 )
-                if trained.setdefault(run.folder, run.train) != run.train:
+                start = run.option("--self-kd-start-update")
+                if run.trunk and start is not None and int(start) < run.trunk.updates:
+                    raise PlanError(
+                        f"{path}: {arm} of {name} distils from update {start}, so it cannot begin "
+                        f"with {run.trunk.updates} updates of {begins_with}; say  trunk: false"
+                    )
+                if declared_before.setdefault(run.folder, run).train != run.train:
                     raise PlanError(
                         f"{path}: two experiments train {run.folder.name} with other options"
                     )
@@ -196,7 +212,7 @@ def check_prepared(runs: Sequence[Run]) -> None:
     """
     for run in runs:
         if not (run.out / "data").is_dir():
-            raise PlanError(f"{run.out} holds no data; first:  {run.prepare}")
+            raise PlanError(f"{run.out} holds no data; first:  {' '.join(run.prepare)}")
 
 
 def _flat(options: Sequence[Any]) -> List[Any]:

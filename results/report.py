@@ -1,10 +1,10 @@
 """Tables of the results, as Markdown, and their plots: ``python -m results.report``.
 
-For every experiment the mean and the standard deviation over seeds of every figure; "(2 of 3)"
-where not all seeds have it. What was translated is also compared, seed by seed, with the baseline:
-the difference of BLEU and chrF2 and its p (`results.compare`). All of it comes from the CSV files
-that ``python -m results`` writes, so it needs none of the runs' folders. The plots are written
-beside them; a page of their name, ``.md``, gets its tables between the lines
+For every experiment the mean and the sample standard deviation over seeds of every figure; "(2 of
+3)" where not all seeds have it. What was translated is also compared, seed by seed, with the
+baseline: the difference of BLEU and chrF2 and its p (`results.compare`). All of it comes from the
+CSV files that ``python -m results`` writes, so it needs none of the runs' folders. The plots are
+written beside them; a page of their name, ``.md``, gets its tables between the lines
 ``<!-- tables of NAME -->`` and ``<!-- end of NAME -->``.
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 from results import collect, plots
-from results.compare import AGAINST
+from results.compare import REACHED
 from results.plan import ROOT, PlanError, read
 
 TRAINING = "training"
+CHOICE = "length penalty"
 Rows = Sequence[Dict[str, str]]
 
 
@@ -31,10 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         order = declared_order(args.plan)
-        found, curves = (
-            sort(collect.read(path), order)
-            for path in (args.csv, collect.beside(args.csv, "curves"))
-        )
+        names = ("curves", "compared")
+        paths = [args.csv, *(collect.beside(args.csv, name) for name in names)]
+        found, curves, compared = (sort(collect.read(path), order) for path in paths)
     except FileNotFoundError as error:
         sys.exit(f"python -m results.report: no {error.filename}; first: python -m results")
     except (PlanError, OSError) as error:
@@ -42,13 +42,14 @@ def main() -> None:
     page = args.csv.with_suffix(".md")
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     for name in dict.fromkeys(row["experiment"] for row in found):
-        rows = [row for row in found if row["experiment"] == name]
-        made = "".join(f"{part}\n" for part in tables(rows))
+        rows, points, others = (
+            [row for row in some if row["experiment"] == name] for some in (found, curves, compared)
+        )
+        made = "".join(f"{part}\n" for part in tables(rows, others))
         print(f"## {name}: {rows[0]['task']}\n\n{made}", end="")
         text = placed(text, name, made)
         plots.arms(values(rows), args.csv.with_name(f"{args.csv.stem}-{name}.svg"))
-        lines = [row for row in curves if row["experiment"] == name]
-        plots.curves(_curves(lines), args.csv.with_name(f"{args.csv.stem}-{name}-curves.svg"))
+        plots.curves(_curves(points), args.csv.with_name(f"{args.csv.stem}-{name}-curves.svg"))
     if page.exists():
         page.write_text(text, encoding="utf-8")
 
@@ -75,25 +76,29 @@ def placed(page: str, name: str, made: str) -> str:
     return region.sub(lambda _: f"\n{made}", page)
 
 
-def tables(rows: Rows) -> Iterator[str]:
-    """Yield the tables of one experiment, each below what it is about."""
-    found = values(rows)
+def tables(rows: Rows, compared: Rows) -> Iterator[str]:
+    """Yield the tables of one experiment, each below what it is about.
+
+    Parameters
+    ----------
+    rows, compared : sequence of dict
+        The figures of its runs, and those that need the baseline.
+    """
+    found = values([*rows, *(row for row in compared if row["measure"] == REACHED)])
     measures = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    p_values = {name for name in measures if AGAINST in name}
     for group in dict.fromkeys(_group(name) for name in measures):
-        names = [name for name in measures if _group(name) == group and name not in p_values]
+        names = [name for name in measures if _group(name) == group]
         heads = [name if group == TRAINING else name[len(group) + 1 :] for name in names]
         lines = [["arm", "seeds", *heads]]
         for arm, figures in found.items():
             seeds = len({row["seed"] for row in rows if row["arm"] == arm})
-            cells = (_mean(figures.get(name, []), seeds) for name in names)
+            cells = (_cell(name, figures.get(name, []), seeds) for name in names)
             lines.append([arm, str(seeds), *cells])
         yield f"{group}\n\n{table(lines)}\n"
-        compared = [name for name in measures if _group(name) == group and name in p_values]
-        if compared:
-            baseline = compared[0].split(AGAINST)[1]
-            differences = _differences(rows, compared)
-            yield f"{group}, difference to {baseline} (p)\n\n{differences}\n"
+        differences = [row for row in compared if _group(row["measure"]) == group != TRAINING]
+        if differences:
+            baseline = differences[0]["baseline"]
+            yield f"{group}, difference to {baseline} (p)\n\n{_differences(differences)}\n"
 
 
 def _group(measure: str) -> str:
@@ -119,32 +124,29 @@ def _curves(rows: Rows) -> Dict[str, List[collect.Curve]]:
     return {arm: list(curves.values()) for arm, curves in found.items()}
 
 
-def _differences(rows: Rows, compared: Sequence[str]) -> str:
+def _differences(rows: Rows) -> str:
     """Return one row an arm: for each seed the differences to the baseline, and their p."""
-    found = {(row["arm"], row["seed"], row["measure"]): float(row["value"]) for row in rows}
-    baseline = compared[0].split(AGAINST)[1]
-    measures = [name.split(AGAINST)[0] for name in compared]
+    found = {(row["arm"], row["seed"], row["measure"]): row for row in rows}
     seeds = sorted({row["seed"] for row in rows}, key=int)
+    measures = list(dict.fromkeys(row["measure"] for row in rows))
     heads = (f"{name.split()[-1]}, seed {seed}" for seed in seeds for name in measures)
     lines = [["arm", *heads]]
-    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != baseline):
-        cells = []
-        for seed in seeds:
-            for measure, p_name in zip(measures, compared):
-                mine, others = (found.get((name, seed, measure)) for name in (arm, baseline))
-                p = found.get((arm, seed, p_name))
-                if mine is None or others is None:
-                    cells.append("")
-                else:
-                    sure = "" if p is None else f" (p = {p:.3f})"
-                    cells.append(f"{mine - others:+.1f}{sure}")
-        lines.append([arm, *cells])
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = (found.get((arm, seed, name)) for seed in seeds for name in measures)
+        lines.append([arm, *("" if cell is None else _difference(cell) for cell in cells)])
     return table(lines)
 
 
-def _mean(found: Sequence[float], seeds: int) -> str:
+def _difference(row: Dict[str, str]) -> str:
+    sure = f" (p = {float(row['p']):.3f})" if row["p"] else ""
+    return f"{float(row['value']):+.1f}{sure}"
+
+
+def _cell(measure: str, found: Sequence[float], seeds: int) -> str:
     if not found:
         return ""
+    if measure == CHOICE:  # one of few, of which no seed may have chosen the mean
+        return ", ".join(f"{value:g}" for value in found)
     mean = _four_digits(statistics.fmean(found))
     if len(found) > 1:
         mean += f" ± {statistics.stdev(found):.2g}"

@@ -1,6 +1,5 @@
 """The runner of experiments: what it runs, what it leaves alone, what it collects."""
 
-import functools
 import json
 import math
 import shutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from results import calibration, collect, compare, plan, report
+from results.__main__ import Runner
 from tests.conftest import ROOT
 
 PLAN = """
@@ -96,23 +96,26 @@ def test_an_experiment_on_validation_text_leaves_the_test_text_alone(tmp_path):
 
 
 def test_an_arm_may_begin_with_what_another_has_learnt(tmp_path):
-    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 9}")
+    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 7}")
     path = prepare(tmp_path, text)
     trunk, run = plan.read(path, tmp_path)[:2]
     assert trunk.branch == []
     assert run.branch[1:] == [
-        *("-m", "results.branch", str(trunk.folder), "9", str(run.folder)),
+        *("-m", "results.branch", str(trunk.folder), "7", str(run.folder)),
         *("--criterion", "self_kd", "--user-dir", str(ROOT / "fairseq_skd")),
     ]
     finish(run)
-    command = collect.conditions(run)["command"]
+    conditions = collect.conditions(run)
+    assert conditions["trunk"].startswith("examples/translation/multi30k/train.sh label_smoothed")
+    command = conditions["command"]
     assert command.index("results.branch") < command.index(
         " && examples/translation/multi30k/train.sh"
     )
     path.write_text(text.replace("[plain, near]", "[near, plain]"))
-    with pytest.raises(
-        plan.PlanError, match="near of translate begins with translate-plain-seed1, "
-    ):
+    with pytest.raises(plan.PlanError, match="near of translate needs plain with seed 1, which is"):
+        plan.read(path, tmp_path)
+    path.write_text(text.replace("updates: 7", "updates: 8"))
+    with pytest.raises(plan.PlanError, match="distils from update 7, so it cannot begin with 8 "):
         plan.read(path, tmp_path)
     path.write_text(text.replace("self_kd, options: [", "self_kd, trunk: false, options: ["))
     assert plan.read(path, tmp_path)[1].branch == []
@@ -124,7 +127,7 @@ def test_an_arm_may_begin_with_what_another_has_learnt(tmp_path):
 
 
 def test_the_criterion_of_a_branch_is_the_one_that_trains(tmp_path):
-    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 9}")
+    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 7}")
     text = text.replace(
         "[--self-kd-top-k", "[--user-dir, other, --criterion, mine, --self-kd-top-k"
     )
@@ -178,7 +181,7 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     assert {row["measure"]: row["value"] for row in rows} == {
         **{"validation perplexity": 5.25, "updates to it": 240, "updates": 360},
         **{"seconds an update": 1.0},  # the median of 50 / 100 and 300 / 200
-        **{"minutes of updates": 5.8},
+        **{"minutes of its own updates": 5.8},
         **{"test2016 BLEU": 36.4, "test2016 length ratio": 0.959, "test2016 chrF2": 60.2},
         **{"test words": 90, "test accuracy": 0.61, "test ECE": 0.025},
         "test nll of its own choices": 0.5,
@@ -187,6 +190,9 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
     assert bleu["signature"] == "BLEU|nrefs:1|case:lc|version:2.6.0"
     conditions = collect.conditions(run)
     assert (conditions["arm"], conditions["seed"]) == (bleu["arm"], bleu["seed"])
+    assert conditions["prepare"] == (
+        f"examples/translation/multi30k/prepare.sh --out {tmp_path}/multi30k"
+    )
     assert conditions["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
     assert "python -m results.calibration " in conditions["evaluation"]
     assert conditions["torch"] == torch.__version__
@@ -231,6 +237,7 @@ def test_what_was_scored_otherwise_is_scored_again(tmp_path):
 
 def test_a_branch_is_timed_from_where_it_began(tmp_path):
     text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 200}")
+    text = text.replace("start-update, 7", "start-update, 200")
     trunk, run = plan.read(prepare(tmp_path, text), tmp_path)[:2]
     finish(trunk)
     finish(run)
@@ -238,14 +245,14 @@ def test_a_branch_is_timed_from_where_it_began(tmp_path):
     (run.folder / "train.log").write_text("\n".join(log))
     assert collect.seconds_an_update(trunk) == 1
     assert collect.seconds_an_update(run) == 3  # 300 s for the updates 201 to 300
-    minutes = functools.partial(compare.minutes_to, run, others=[trunk, run])
-    assert minutes(9.5) == pytest.approx(120 / 60)  # the trunk's
-    assert minutes(5.3) == pytest.approx(180 / 60)
+    assert compare.updates_to(run, 9.5) == 120  # the trunk's
+    assert compare.updates_to(run, 5.3) == 180
     trunk_log = trunk.folder / "train.log"
     trunk_log.write_text(trunk_log.read_text().replace("num_updates 180", "num_updates 220"))
-    assert minutes(5.3) == pytest.approx((200 + 100 * 3) / 60)
-    assert minutes(5.2) is None
-    assert compare.minutes_to(run, 5.3, [run]) is None  # what the trunk took is not known
+    assert compare.updates_to(run, 5.3) == 300
+    assert compare.updates_to(run, 5.2) is None
+    trunk_log.unlink()
+    assert compare.updates_to(run, 5.3) is None
 
 
 def test_rows_of_runs_that_are_elsewhere_stay(tmp_path):
@@ -312,8 +319,9 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "train.sh self_kd --out" in done.stdout
     assert "failed; the end of" in done.stdout
     assert "3 of 4 runs are complete" in done.stdout
-    # And when each has come to the baseline's best, and how sure near's two differences are.
-    assert len(collect.read(tmp_path / "out.csv")) == 3 * FIGURES + 3 + 2
+    assert len(collect.read(tmp_path / "out.csv")) == 3 * FIGURES
+    # When each has come to the baseline's best, and two differences of near's first seed.
+    assert len(collect.read(tmp_path / "out-compared.csv")) == 3 + 2
     assert [(row["arm"], row["seed"]) for row in collect.read(tmp_path / "out-runs.csv")] == [
         *(("plain", "1"), ("near", "1"), ("plain", "2")),
     ]
@@ -333,6 +341,21 @@ def test_a_run_that_was_declared_otherwise_is_refused_before_any_work(tmp_path):
     assert done.returncode != 0
     assert "translate-near-seed2 holds another run than is declared" in done.stdout
     assert "training" not in done.stdout
+
+
+def test_what_an_arm_needs_is_waited_for(tmp_path, monkeypatch):
+    path = prepare(tmp_path, PLAN.replace("near: {", "near: {after: plain, "))
+    plain, near = plan.read(path, tmp_path)[:2]
+    plain.folder.mkdir(parents=True)
+    begun = []
+
+    def sleep(_):
+        begun.append((near.folder / "train.out").exists())
+        (plain.folder / "done").touch()
+
+    monkeypatch.setattr("results.__main__.time.sleep", sleep)
+    assert "train.sh self_kd" in Runner([near], jobs=1).run()  # its data is an empty folder
+    assert begun == [False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
@@ -385,7 +408,9 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path, monkeypat
             (run.folder / name).write_text("\n".join(written) + "\n")
         if right:
             text = run.evaluation.read_text().replace(" = 36.4 ", " = 42.5 ")
-            run.evaluation.write_text(text)
+            run.evaluation.write_text(text + "length penalty: 1.4\n")
+        else:
+            run.evaluation.write_text(run.evaluation.read_text() + "length penalty: 1.0\n")
     assert results(tmp_path).returncode == 0
     for run in plan.read(path, tmp_path):
         shutil.rmtree(run.folder)  # not needed any more
@@ -400,20 +425,22 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path, monkeypat
     page = (tmp_path / "out.md").read_text()
     assert page == PAGE.replace("old\n", f"\n{tables}")
     assert (
-        "| seconds an update | minutes of updates | minutes of updates to the baseline's best |"
+        "| seconds an update | minutes of its own updates | updates to the baseline's best |"
         in printed
     )
-    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 3 ± 0 |" in printed
+    assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 180 ± 0 |" in printed
     assert "| near | 2 | 39.45 ± 4.3 | 0.959 ± 0 | 60.2 ± 0 |" in printed
+    assert "| near | 2 | 1.4, 1 |" in printed
     assert "test\n\n| arm | seeds | words | accuracy | ECE |" in printed
     lines = printed[printed.index("test2016, difference to plain (p)") :].splitlines()
     assert lines[2] == "| arm | BLEU, seed 1 | chrF2, seed 1 | BLEU, seed 2 | chrF2, seed 2 |"
     arm, bleu, chrf, *same = lines[4].strip("| ").split(" | ")
     assert arm == "near"
-    assert bleu == "+6.1 (p = 0.001)"
-    assert chrf == "+0.0 (p = 0.001)"
+    assert float(bleu.split()[0]) > 5
+    assert float(chrf.split()[0]) > 5
+    assert bleu.endswith("(p = 0.001)")
     assert all(cell.startswith("+0.0 (p = ") for cell in same)
-    signatures = {row["signature"] for row in collect.read(tmp_path / "out.csv")}
+    signatures = {row["signature"] for row in collect.read(tmp_path / "out-compared.csv")}
     assert any(s.startswith("BLEU|nrefs:1|bs:1000|seed:12345|case:lc|") for s in signatures)
     for name in ("out-first.svg", "out-first-curves.svg"):
         drawn = (tmp_path / name).read_text()
@@ -429,9 +456,7 @@ def test_only_what_a_run_has_scored_is_compared(tmp_path):
         (run.folder / "valid.ref").write_text("of another experiment\n")
         (run.folder / "valid.txt").write_text("of another experiment\n")
     measures = {row["measure"] for row in compare.rows(runs, runs)}
-    assert measures == {
-        *(compare.REACHED, "test2016 BLEU, p against plain", "test2016 chrF2, p against plain"),
-    }
+    assert measures == {compare.REACHED, "test2016 BLEU", "test2016 chrF2"}
     assert list(compare.rows(runs[1:], runs)) == []  # without the baseline
 
 
@@ -443,7 +468,7 @@ def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
     log = runs[1].folder / "train.log"
     log.write_text(log.read_text().replace("ppl 5.25", "ppl 5.35"))
     (row,) = compare.rows(runs, runs)
-    assert (row["arm"], row["measure"], row["value"]) == ("plain", compare.REACHED, 3)
+    assert (row["arm"], row["measure"], row["value"]) == ("plain", compare.REACHED, 180)
 
 
 def test_an_arm_that_lacks_figures_is_not_left_out(tmp_path):
@@ -453,16 +478,23 @@ def test_an_arm_that_lacks_figures_is_not_left_out(tmp_path):
         {**row, "measure": "valid BLEU", "value": "30"},
         {**row, "measure": "valid chrF2", "value": "50"},
         {**row, "arm": "b", "measure": "valid BLEU", "value": "31"},
-        {**row, "arm": "b", "measure": "valid BLEU, p against a", "value": "0.5"},
     ]
-    scores, differences = report.tables(report.sort(rows, [("e", "b"), ("e", "a")]))
+    row = {**row, "arm": "b", "baseline": "a", "measure": "valid BLEU", "value": "1"}
+    compared = [
+        {**row, "p": "0.5"},
+        {**row, "arm": "c", "seed": "1", "value": "-1.26", "p": ""},
+        {**row, "arm": "c", "measure": "valid chrF2", "p": "0.25"},
+    ]
+    order = [("e", "b"), ("e", "a")]
+    scores, differences = report.tables(report.sort(rows, order), compared)
     assert scores.splitlines()[2:] == [
         *("| arm | seeds | BLEU | chrF2 |", "|---|---|---|---|"),
         *("| b | 1 | 31 |  |", "| a | 2 | 30 ± 0 | 50 (1 of 2) |"),
     ]
     assert differences.splitlines()[2:] == [
-        *("| arm | BLEU, seed 1 | BLEU, seed 2 |", "|---|---|---|"),
-        "| b |  | +1.0 (p = 0.500) |",
+        "| arm | BLEU, seed 1 | chrF2, seed 1 | BLEU, seed 2 | chrF2, seed 2 |",
+        *("|---|---|---|---|---|", "| b |  |  | +1.0 (p = 0.500) |  |"),
+        "| c | -1.3 |  |  | +1.0 (p = 0.250) |",
     ]
 
 
