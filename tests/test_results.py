@@ -460,7 +460,7 @@ def test_only_what_a_run_has_scored_is_compared(tmp_path):
     assert list(compare.rows(runs[1:], runs)) == []  # without the baseline
 
 
-def test_what_never_reaches_the_baseline_has_no_time_for_it(tmp_path):
+def test_what_never_reaches_the_baseline_has_no_updates_to_it(tmp_path):
     runs = plan.read(prepare(tmp_path), tmp_path)[:2]
     for run in runs:
         finish(run)
