@@ -43,7 +43,10 @@ def soft_targets(checkpoint: Path, data: str, words: List[str], shown: int) -> L
     if unknown:
         sys.exit(f"--words: not in the target dictionary are {', '.join(unknown)}")
     embedding = find_output_projection(model, len(dictionary)).weight
-    teacher = criterion._new_teacher(embedding.device)
+    try:
+        teacher = criterion._new_teacher(embedding.device)
+    except RuntimeError as error:  # a control whose table no checkpoint has
+        sys.exit(f"{checkpoint}: {error}")
     teacher.refresh(embedding)
     # As if every word were predicted right: then the neighbours are all there is.
     target = torch.tensor([dictionary.index(word) for word in words], device=embedding.device)

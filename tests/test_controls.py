@@ -6,6 +6,7 @@ And the scripts that look into a trained model, here into one that a control has
 import importlib
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_random_words_are_those_of_their_seed(tables):
     assert (one.ids != other.ids).any()
 
 
-def test_the_first_table_stays(build, train_step):
+def test_the_first_table_stays(build, train_step, monkeypatch):
     built = build(*TRAINED, "--criterion", "self_kd_frozen", "--self-kd-start-update", 3)
     table = find_output_projection(built.model, len(built.task.target_dictionary)).weight
     first = table.detach().clone()
@@ -88,6 +89,10 @@ def test_the_first_table_stays(build, train_step):
     resumed = build(*TRAINED, "--criterion", "self_kd_frozen")
     with pytest.raises(RuntimeError, match="remove its folder and begin again"):
         train_step(resumed, resumed.samples[0], 7)
+    loaded = results_trained.Trained(resumed.model, resumed.task, resumed.config)
+    monkeypatch.setattr(soft_targets, "load", lambda *_: loaded)
+    with pytest.raises(SystemExit, match=r"frozen\.pt: self_kd_frozen knows the first weights"):
+        soft_targets.soft_targets(Path("frozen.pt"), "", ["t1"], shown=3)
 
 
 def test_masses_by_rank(tables):

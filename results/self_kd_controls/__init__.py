@@ -244,20 +244,26 @@ class FrozenCriterion(SelfKDCriterion):
 
     teacher_class = OtherTableTeacher
 
+    _first: Optional[Tensor] = None
+
     def _new_teacher(self, device: torch.device) -> SelfTeacher:
         teacher = super()._new_teacher(device)
-        teacher.other = self._first
+        teacher.other = self._first_weights()
         return teacher
 
     def _weight(self, model: Any) -> float:
-        if not hasattr(self, "_first"):
-            if compatibility.num_updates(model):
-                raise RuntimeError(
-                    "self_kd_frozen knows the first weights only in the process that began the "
-                    "training: remove its folder and begin again"
-                )
+        if compatibility.num_updates(model) == 0:
             self._first = self._projection(model).weight.detach().clone()
+        self._first_weights()  # is there, long before distillation begins
         return super()._weight(model)
+
+    def _first_weights(self) -> Tensor:
+        if self._first is None:
+            raise RuntimeError(
+                "self_kd_frozen knows the first weights only in the process that began the "
+                "training: to train, remove its folder and begin again"
+            )
+        return self._first
 
 
 @register_criterion("self_kd_uniform", dataclass=SelfKDCriterionConfig)
