@@ -35,15 +35,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; allowed: 1 or more")
-    # `kill` and the end of a terminal, unless under nohup, must not leave trainings behind either.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         runs = read(args.plan, args.out.resolve())
         check_prepared(runs)
         for run in runs:
             collect.complete(run)  # a run that was declared otherwise is refused before any work
+        # `kill` and the end of a terminal, unless under nohup, must not leave trainings behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
         failure = Runner(runs, args.jobs).run()
         found = [run for run in runs if collect.complete(run)]
     except (PlanError, OSError) as error:

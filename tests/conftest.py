@@ -61,13 +61,20 @@ def corpus(tmp_path_factory):
     files = [*("--trainpref", folder / "train", "--validpref", folder / "valid")]
     files += ["--testpref", folder / "test"]
     sides = ["-s", "src", "-t", "tgt"]
-    command("fairseq-preprocess", *sides, *files, "--destdir", folder / "pair")
-    command(
-        "fairseq-preprocess", *sides, *files, "--joined-dictionary", "--destdir", folder / "joined"
-    )
+    preprocess(*sides, *files, "--destdir", folder / "pair")
+    preprocess(*sides, *files, "--joined-dictionary", "--destdir", folder / "joined")
     files = [f"{f}.tgt" if not str(f).startswith("--") else f for f in files]
-    command("fairseq-preprocess", "--only-source", *files, "--destdir", folder / "lm")
+    preprocess("--only-source", *files, "--destdir", folder / "lm")
     return folder
+
+
+def preprocess(*arguments):
+    """Run fairseq-preprocess in this process: every worker needs the corpus before it begins."""
+    from fairseq import options
+    from fairseq_cli import preprocess
+
+    parser = options.get_preprocessing_parser()
+    preprocess.main(parser.parse_args([str(argument) for argument in arguments]))
 
 
 @pytest.fixture

@@ -99,29 +99,25 @@ def test_averaged_checkpoints_translate(translation, corpus, tmp_path):
         "fairseq-generate", corpus / "pair", "--path", mean, "--user-dir", PLUGIN, "--cpu"
     )
     assert "BLEU4" in output
-    missing = tmp_path / "missing.pt"
-    with pytest.raises(AssertionError, match=r"missing\.pt: there is no such file"):
-        command("fairseq-skd", "average", missing, "--output", mean)
 
 
-@pytest.mark.parametrize(
-    ("interval", "stop"), [(1, 7), (5, 10), (100, 4)], ids=["always", "multiple", "before"]
-)
-def test_a_resumed_run_equals_the_uninterrupted_one(corpus, tmp_path, interval, stop):
-    """Bit by bit: fresh tables, a checkpoint when one is due, or one before the start.
+def test_a_resumed_run_equals_the_uninterrupted_one(corpus, tmp_path):
+    """Bit by bit: from a checkpoint before the start, and from one when fresh tables are due.
 
     Within the first epoch: in later ones fairseq 0.12.3 resumes with other batches, whatever the
     criterion.
     """
-    options = [*("--self-kd-refresh-interval", interval, "--save-interval-updates", stop)]
+    options = ["--self-kd-refresh-interval", 3, "--save-interval-updates", 1]
     options += ["--max-update", 14, "--disable-validation", "--max-tokens", 70]
     train(corpus / "pair", tmp_path / "whole", *options)
-    checkpoint = tmp_path / "whole" / f"checkpoint_1_{stop}.pt"
-    output = train(corpus / "pair", tmp_path / "resumed", *options, "--restore-file", checkpoint)
-    assert f"@ {stop} updates" in output
-    assert_equal_weights(
-        tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "resumed" / "checkpoint_last.pt"
-    )
+    for stop in (4, 9):
+        checkpoint = tmp_path / "whole" / f"checkpoint_1_{stop}.pt"
+        folder = tmp_path / f"from {stop}"
+        output = train(corpus / "pair", folder, *options, "--restore-file", checkpoint)
+        assert f"@ {stop} updates" in output
+        assert_equal_weights(
+            tmp_path / "whole" / "checkpoint_last.pt", folder / "checkpoint_last.pt"
+        )
 
 
 def test_two_workers_equal_one_that_accumulates(corpus, tmp_path):
@@ -183,11 +179,6 @@ def test_language_model(corpus, tmp_path):
 def test_other_models(corpus, tmp_path, base):
     output = train(corpus / "pair", tmp_path, "--max-epoch", 1, base=[*base, *SELF_KD])
     assert "self_kd_loss" in logged(output)[-1]
-    path = tmp_path / "checkpoint_best.pt"
-    output = command(
-        "fairseq-generate", corpus / "pair", "--path", path, "--user-dir", PLUGIN, "--cpu"
-    )
-    assert "BLEU4" in output
 
 
 def test_hydra_train_from_a_yaml(corpus, tmp_path):
@@ -250,12 +241,12 @@ def test_going_on_from_a_checkpoint_of_another_criterion(corpus, tmp_path):
     assert "Loaded checkpoint" in output
 
 
-def test_both_names_resume_each_other(corpus, tmp_path):
-    short = ["--disable-validation", "--max-update"]
-    train(corpus / "pair", tmp_path, *short, 3)
+def test_the_other_name_goes_on_with_a_run(translation, corpus, tmp_path):
+    checkpoint = translation[0] / "checkpoint1.pt"
     other = ["--criterion", "self_kd_label_smoothed_cross_entropy", *SELF_KD[2:]]
-    output = train(corpus / "pair", tmp_path, *short, 5, base=[*TRANSFORMER, *other])
-    assert "@ 3 updates" in output
+    short = ["--disable-validation", "--max-epoch", 2, "--restore-file", checkpoint]
+    output = train(corpus / "pair", tmp_path, *short, base=[*TRANSFORMER, *other])
+    assert "Loaded checkpoint" in output
 
 
 def test_bad_options_stop_before_training(corpus, tmp_path):
@@ -266,17 +257,8 @@ def test_bad_options_stop_before_training(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_adaptive_softmax_stops_before_training(corpus, tmp_path):
-    base = ["--task", "language_modeling", "--tokens-per-sample", 20, "--arch", "transformer_lm"]
-    base += [*TINY_LM, "--adaptive-softmax-cutoff", "20,30", *SELF_KD]
-    with pytest.raises(AssertionError, match="adaptive softmax keeps the words in several tables"):
-        train(corpus / "lm", tmp_path, base=base)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_installed_plugin():
     assert Path(command("fairseq-skd", "path").splitlines()[-1]) == PLUGIN
-    assert re.fullmatch(r"\d+\.\d+\.\d+", command("fairseq-skd", "--version").splitlines()[-1])
 
 
 def quickstart(*arguments):
@@ -292,9 +274,11 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     pairs.write_text(
         "".join(f"{s}\t{t}\n".translate(numbers) for s, t in zip(source, target)), encoding="utf-8"
     )
-    arguments = ["--pairs", pairs, "--langs", "xx-yy", "--updates", 60, "--out", tmp_path / "out"]
+    # Few epochs: each one validates and saves.
+    arguments = ["--pairs", pairs, "--langs", "xx-yy", "--out", tmp_path / "out"]
+    arguments += ["--updates", 50, "--max-tokens", 200]
     output = quickstart(*arguments)
-    assert "update    50 of 60" in output
+    assert "update    50 of 50" in output
     assert re.search(r"label smoothing +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
     assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in output
     assert len(re.findall(r"^self-KD: ", output, re.MULTILINE)) == 3

@@ -12,6 +12,7 @@ import torch
 
 from results import calibration, collect, compare, plan, report
 from results.__main__ import Runner
+from results.__main__ import main as run_all
 from tests.conftest import ROOT
 
 PLAN = """
@@ -149,14 +150,22 @@ def test_a_plan_of_what_is_not_declared_is_refused(text, message, tmp_path):
         plan.read(path, tmp_path)
 
 
-def test_a_plan_whose_data_is_not_there_is_refused_before_any_work(tmp_path):
+def refused(path, monkeypatch):
+    """Return why `python -m results` has begun nothing."""
+    arguments = ["results", "--plan", path, "--out", path.parent, "--csv", path.parent / "out.csv"]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    monkeypatch.setattr(Runner, "run", lambda self: pytest.fail("something was begun"))
+    with pytest.raises(SystemExit) as stopped:
+        run_all()
+    return str(stopped.value)
+
+
+def test_a_plan_whose_data_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch):
     text = PLAN.replace("options: [--lr, 0.5]", "data: small\n    prepare: [--merges, 9]")
-    prepare(tmp_path, text)
-    done = results(tmp_path)
-    assert done.returncode != 0
-    message = f"{tmp_path}/small holds no data; first:  {ROOT}/examples/translation/multi30k"
-    assert f"{message}/prepare.sh --out {tmp_path}/small --merges 9\n" in done.stdout
-    assert "training" not in done.stdout
+    assert refused(prepare(tmp_path, text), monkeypatch) == (
+        f"python -m results: {tmp_path}/small holds no data; first:  "
+        f"{ROOT}/examples/translation/multi30k/prepare.sh --out {tmp_path}/small --merges 9"
+    )
 
 
 def test_the_plan_of_the_project_is_valid(tmp_path):
@@ -333,14 +342,12 @@ def test_what_is_complete_is_left_alone_and_a_failure_is_shown(tmp_path):
     assert "4 of 4 runs are complete" in done.stdout
 
 
-def test_a_run_that_was_declared_otherwise_is_refused_before_any_work(tmp_path):
+def test_a_run_that_was_declared_otherwise_is_refused_before_any_work(tmp_path, monkeypatch):
     path = prepare(tmp_path)
     finish(plan.read(path, tmp_path)[3])
     path.write_text(PLAN.replace("--lr, 0.5", "--lr, 0.25"))
-    done = results(tmp_path)
-    assert done.returncode != 0
-    assert "translate-near-seed2 holds another run than is declared" in done.stdout
-    assert "training" not in done.stdout
+    message = "translate-near-seed2 holds another run than is declared"
+    assert message in refused(path, monkeypatch)
 
 
 def test_what_an_arm_needs_is_waited_for(tmp_path, monkeypatch):
