@@ -86,7 +86,8 @@ def test_generate_interactive_and_validate(translation, corpus):
     assert "nll_loss" in output
 
 
-def test_averaged_checkpoints_translate(translation, corpus, tmp_path):
+def test_averaged_checkpoints(translation, tmp_path):
+    """What they translate, the recipes' tests show."""
     folder, _ = translation
     inputs = [folder / f"checkpoint{epoch}.pt" for epoch in (1, 2)]
     mean = tmp_path / "mean.pt"
@@ -95,10 +96,6 @@ def test_averaged_checkpoints_translate(translation, corpus, tmp_path):
     one, two, averaged = (weights(path) for path in (*inputs, mean))
     for name, value in averaged.items():
         assert torch.allclose(value, (one[name] + two[name]) / 2, atol=1e-6), name
-    output = command(
-        "fairseq-generate", corpus / "pair", "--path", mean, "--user-dir", PLUGIN, "--cpu"
-    )
-    assert "BLEU4" in output
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(corpus, tmp_path):
@@ -161,11 +158,6 @@ def test_language_model(corpus, tmp_path):
         base=[*base, *TINY_LM, "--share-decoder-input-output-embed", *SELF_KD],
     )
     assert "self_kd_loss" in logged(output)[-1]
-    path = tmp_path / "checkpoint_best.pt"
-    output = command(
-        "fairseq-eval-lm", corpus / "lm", "--path", path, "--user-dir", PLUGIN, "--cpu"
-    )
-    assert "Perplexity" in output
 
 
 @pytest.mark.parametrize(
