@@ -21,14 +21,15 @@ class SelfKDOptions:
         On creation, for a value that is not allowed: it names the option, the value and what is.
     """
 
-    weight: float = 0.2
+    # Similarity, scale and weight are what validation text has chosen: docs/results.md
+    weight: float = 0.5
     start_update: int = 1000
     ramp_updates: int = 1000
     candidates: str = "neighbors"
     top_k: int = 10
-    similarity: str = "euclidean"
+    similarity: str = "cosine"
     sigma: Optional[float] = None
-    sigma_scale: float = 1.0
+    sigma_scale: float = 0.5
     max_mass: float = 0.5
     # Measuring the neighbours then takes less than 1 % of a usual training: docs/refresh.md
     refresh_interval: int = 2000

@@ -144,7 +144,7 @@ class SelfTeacher:
     Examples
     --------
     >>> embedding = torch.tensor([[0.0, 0], [1, 0], [0, 2], [5, 5]])
-    >>> teacher = SelfTeacher(top_k=2, sigma=1.0)
+    >>> teacher = SelfTeacher(top_k=2, similarity="euclidean", sigma=1.0)
     >>> teacher.refresh(embedding)
     >>> teacher.soft_target(torch.tensor([0]))
     SoftTarget(ids=tensor([[0, 1, 2]]), weights=tensor([[0.6138, 0.3679, 0.0183]]))
@@ -154,9 +154,9 @@ class SelfTeacher:
         self,
         candidates: str = "neighbors",
         top_k: int = 10,
-        similarity: str = "euclidean",
+        similarity: str = "cosine",
         sigma: Optional[float] = None,
-        sigma_scale: float = 1.0,
+        sigma_scale: float = 0.5,
         max_mass: float = 0.5,
         eligible: Optional[Tensor] = None,
     ) -> None:

@@ -55,7 +55,7 @@ def translation(corpus, tmp_path_factory):
 
 def test_training_says_what_it_does(translation):
     _, output = translation
-    assert "self_kd|cand:neighbors|k:5|sim:euclidean|sigma:auto*" in output
+    assert "self_kd|cand:neighbors|k:5|sim:cosine|sigma:auto*0.5|" in output
     assert "40 of 48 words are eligible" in output
     records = logged(output)
     assert float(records[0]["self_kd_weight"]) == 0

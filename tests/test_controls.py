@@ -84,7 +84,7 @@ def test_the_first_table_stays(build, train_step, monkeypatch):
         table.copy_(table.roll(1, 0))
     train_step(built, built.samples[0], 6000)
     eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
-    expected = nearest_neighbors(first, 4, eligible).ids
+    expected = nearest_neighbors(first, 4, eligible, "cosine").ids
     assert (built.criterion._teacher._table.ids[:, 1:] == expected).all()
     resumed = build(*TRAINED, "--criterion", "self_kd_frozen")
     with pytest.raises(RuntimeError, match="remove its folder and begin again"):
@@ -98,8 +98,9 @@ def test_the_first_table_stays(build, train_step, monkeypatch):
 def test_masses_by_rank(tables):
     (_, _, near), (_, _, ranked) = tables("self_kd_rank")
     assert (ranked.ids == near.ids).all()
-    expected = 0.5 * torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]) / (25 / 12)
-    torch.testing.assert_close(ranked.weights[:, 1:], expected.expand(len(near.ids), 4))
+    shares = torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]) / (25 / 12)
+    expected = near.weights[:, 1:].sum(1, keepdim=True) * shares
+    torch.testing.assert_close(ranked.weights[:, 1:], expected)
     torch.testing.assert_close(ranked.weights[:, 0], near.weights[:, 0])
 
 
@@ -118,7 +119,7 @@ def test_neighbors_of_another_table(tables, build, trained):
     (built, _, near), (_, _, other) = tables("self_kd_other_table", *other_table)
     state = torch.load(trained, weights_only=False)["model"]
     eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
-    found = nearest_neighbors(state["decoder.output_projection.weight"], 4, eligible)
+    found = nearest_neighbors(state["decoder.output_projection.weight"], 4, eligible, "cosine")
     assert (other.ids[:, 1:] == found.ids).all()
     assert (other.ids != near.ids).any()
     criterion = ["--criterion", "self_kd_other_table"]

@@ -66,6 +66,7 @@ def by_definition(
     lprobs = model.get_normalized_probs(output, log_probs=True)[:, prefix:].double()
     target = model.get_targets(sample, output)[:, prefix:]
     words = find_output_projection(model, len(task.target_dictionary)).weight.detach().double()
+    words = words / words.norm(dim=1, keepdim=True).clamp(min=1e-12)
     num_words = len(words)
     if eligible is None:
         eligible = eligible_words(task.target_dictionary).tolist()
@@ -74,7 +75,7 @@ def by_definition(
         t: sorted((distance[t, j].item(), j) for j in eligible if j != t)[:k]
         for t in range(num_words)
     }
-    sigma = np.mean([d for t in eligible for d, _ in near[t]])
+    sigma = 0.5 * np.mean([d for t in eligible for d, _ in near[t]])
     loss = nll = kd = mass = 0.0
     for row, t in zip(lprobs.flatten(0, 1), target.flatten().tolist()):
         if t == task.target_dictionary.pad():
@@ -538,7 +539,7 @@ def test_the_signature_is_logged_at_the_start(build, caplog):
     from fairseq_skd.options import SelfKDOptions as Default
 
     assert (
-        f"self_kd|cand:neighbors|k:4|sim:euclidean|sigma:0.7|mass:{Default.max_mass}"
+        f"self_kd|cand:neighbors|k:4|sim:cosine|sigma:0.7|mass:{Default.max_mass}"
         f"|weight:{Default.weight}|start:{Default.start_update}|ramp:{Default.ramp_updates}"
         f"|refresh:{Default.refresh_interval}|version:{__version__}"
     ) in caplog.messages

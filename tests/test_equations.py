@@ -92,7 +92,7 @@ class TestSoftTargetByHand:
 class TestTeacher:
     def test_prediction(self):
         teacher = SelfTeacher(
-            "prediction", sigma=1.0, max_mass=1.0, eligible=torch.tensor([0, 1, 2])
+            "prediction", 10, "euclidean", 1.0, max_mass=1.0, eligible=torch.tensor([0, 1, 2])
         )
         teacher.refresh(LINE)
         # predicted: another word, the target itself, a word that is not eligible
@@ -102,7 +102,7 @@ class TestTeacher:
         assert soft.weights.shape == (3, 2)
 
     def test_both_is_the_union(self):
-        teacher = SelfTeacher("both", top_k=1, sigma=1.0, max_mass=1.0)
+        teacher = SelfTeacher("both", 1, "euclidean", 1.0, max_mass=1.0)
         teacher.refresh(LINE)
         # predicted: a new word, the neighbor, the target
         target, prediction = torch.tensor([1, 1, 1]), torch.tensor([2, 0, 1])
@@ -112,13 +112,13 @@ class TestTeacher:
         assert torch.allclose(soft.weights, torch.tensor(expected))
 
     def test_the_distance_to_a_prediction_is_that_of_the_current_weights(self):
-        teacher = SelfTeacher("prediction", sigma=1.0, max_mass=1.0)
+        teacher = SelfTeacher("prediction", 10, "euclidean", 1.0, max_mass=1.0)
         teacher.refresh(LINE)
         soft = teacher.soft_target(torch.tensor([0]), torch.tensor([1]), 2 * LINE)
         assert soft.mass.item() == pytest.approx(math.exp(-4))
 
     def test_the_table_stays_until_it_is_refreshed(self):
-        teacher = SelfTeacher(top_k=1, sigma=1.0)
+        teacher = SelfTeacher(top_k=1, similarity="euclidean", sigma=1.0)
         words = LINE.clone()
         teacher.refresh(words)
         before = teacher.soft_target(torch.tensor([0]))
@@ -216,7 +216,7 @@ def test_renaming_the_words_renames_the_soft_targets(world, candidates, seed):
     renamed[new_id] = words
 
     def dense(words, eligible, target, prediction):
-        teacher = SelfTeacher(candidates, k, eligible=eligible.sort().values)
+        teacher = SelfTeacher(candidates, k, "euclidean", eligible=eligible.sort().values)
         teacher.refresh(words)
         ids, weights = teacher.soft_target(target, prediction, words)
         return torch.zeros(len(target), len(words)).scatter_add_(1, ids, weights)
