@@ -20,7 +20,7 @@ def test_the_example_without_fairseq_runs():
     torch.manual_seed(0)
     scope = {}
     exec(code, scope)
-    assert scope["alpha"] == 0.2
+    assert scope["alpha"] == 0.5
     assert scope["soft_target"].ids.shape == (32, 11)
     assert scope["embedding"].grad.abs().sum() > 0
 
