@@ -120,7 +120,7 @@ class SelfTeacher:
     """Soft targets from a model's own output projection, for any trainer.
 
     Call `refresh` with the output projection before the first batch and again every few hundred
-    updates; call `soft_target` for every batch.
+    updates; call `soft_target` for every batch. Defaults are those of `SelfKDOptions`.
 
     Parameters
     ----------

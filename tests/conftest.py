@@ -71,10 +71,9 @@ def corpus(tmp_path_factory):
 def preprocess(*arguments):
     """Run fairseq-preprocess in this process: every worker needs the corpus before it begins."""
     from fairseq import options
-    from fairseq_cli import preprocess
+    from fairseq_cli.preprocess import main
 
-    parser = options.get_preprocessing_parser()
-    preprocess.main(parser.parse_args([str(argument) for argument in arguments]))
+    main(options.get_preprocessing_parser().parse_args([str(argument) for argument in arguments]))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_skd import command_line
 from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command
 
 TRAINING = [
@@ -249,8 +250,12 @@ def test_bad_options_stop_before_training(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_installed_plugin():
+def test_the_installed_plugin(capsys, monkeypatch):
     assert Path(command("fairseq-skd", "path").splitlines()[-1]) == PLUGIN
+    monkeypatch.setattr(sys, "argv", ["fairseq-skd", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main()
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def quickstart(*arguments):

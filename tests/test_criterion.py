@@ -59,6 +59,8 @@ def by_definition(
     max_mass=0.5,
     prefix=0,
     eligible=None,
+    similarity="cosine",
+    sigma_scale=0.5,
 ):
     """A second writing of the equations: dense, word by word, in float64."""
     model, task = built.model, built.task
@@ -66,7 +68,8 @@ def by_definition(
     lprobs = model.get_normalized_probs(output, log_probs=True)[:, prefix:].double()
     target = model.get_targets(sample, output)[:, prefix:]
     words = find_output_projection(model, len(task.target_dictionary)).weight.detach().double()
-    words = words / words.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    if similarity == "cosine":
+        words = words / words.norm(dim=1, keepdim=True).clamp(min=1e-12)
     num_words = len(words)
     if eligible is None:
         eligible = eligible_words(task.target_dictionary).tolist()
@@ -75,7 +78,7 @@ def by_definition(
         t: sorted((distance[t, j].item(), j) for j in eligible if j != t)[:k]
         for t in range(num_words)
     }
-    sigma = 0.5 * np.mean([d for t in eligible for d, _ in near[t]])
+    sigma = sigma_scale * np.mean([d for t in eligible for d, _ in near[t]])
     loss = nll = kd = mass = 0.0
     for row, t in zip(lprobs.flatten(0, 1), target.flatten().tolist()):
         if t == task.target_dictionary.pad():
@@ -126,6 +129,24 @@ def test_every_model_trains_on_the_defined_loss(build, train_step, name, lm):
     assert ours.log["self_kd_loss"].item() == pytest.approx(kd, rel=1e-5)
     assert ours.log["self_kd_mass"].item() == pytest.approx(mass, rel=1e-5)
     assert ours.sample_size == sample["ntokens"]
+    assert_same_gradients(ours.gradients, gradients)
+
+
+@pytest.mark.parametrize("name", ["transformer", "lstm"])  # projection and loss together, or not
+@pytest.mark.parametrize("candidates", ["neighbors", "both"])
+def test_euclidean_distance(build, train_step, name, candidates):
+    built = build(
+        *(*MODELS[name], *SELF_KD, *NOW, "--self-kd-weight", 0.6),
+        *("--self-kd-similarity", "euclidean", "--self-kd-sigma-scale", 0.8),
+        *("--self-kd-candidates", candidates),
+    )
+    sample = built.samples[1]
+    ours = train_step(built, sample)
+    settings = {"similarity": "euclidean", "sigma_scale": 0.8}
+    loss, _, kd, mass, gradients = by_definition(built, sample, 0.6, candidates, **settings)
+    assert ours.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert ours.log["self_kd_loss"].item() == pytest.approx(kd, rel=1e-5)
+    assert ours.log["self_kd_mass"].item() == pytest.approx(mass, rel=1e-5)
     assert_same_gradients(ours.gradients, gradients)
 
 

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import inspect
 import re
 import shutil
 import sys
@@ -9,6 +10,7 @@ import torch
 from benchmarks import report
 from fairseq_skd.criterion import SelfKDCriterionConfig
 from fairseq_skd.options import SelfKDOptions
+from fairseq_skd.soft_targets import SelfTeacher
 from results import report as results_report
 from tests.conftest import ROOT
 
@@ -31,6 +33,15 @@ def test_the_table_of_options_has_every_option_and_its_default():
     expected = {f"--self-kd-{f.replace('_', '-')}": str(getattr(SelfKDOptions, f)) for f in fields}
     assert table == {**expected, "--self-kd-sigma": "auto"}
     assert SelfKDOptions().signature() in README
+
+
+def test_the_teacher_has_the_same_defaults():
+    teacher = inspect.signature(SelfTeacher).parameters
+    shared = [name for name in vars(SelfKDOptions()) if name in teacher]
+    assert {name: teacher[name].default for name in shared} == {
+        name: getattr(SelfKDOptions, name) for name in shared
+    }
+    assert set(teacher) - set(shared) == {"eligible"}
 
 
 def test_the_criterion_has_the_same_options():
