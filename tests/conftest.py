@@ -1,8 +1,11 @@
 """A tiny corpus, made here, and fairseq's objects on it."""
 
+import multiprocessing
+import os
 import random
-import subprocess
+import runpy
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,20 +29,40 @@ TINY_LM = [
     *("--decoder-attention-heads", "2"),
 ]
 
+LOADED = multiprocessing.get_context("forkserver")
+# torch loads the last one for its first optimizer.
+LOADED.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo"])
+
 
 def command(name, *arguments, cwd=None):
-    """Run a command of this environment; fail with its output."""
-    path = Path(sys.executable).parent / name
-    done = subprocess.run(
-        [str(path), *map(str, arguments)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={"PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, f"{name} {arguments}\n{done.stdout[-4000:]}"
-    return done.stdout
+    """Run a command of this environment, or a script of Python; fail with its output.
+
+    It runs in a process that is forked from one that has loaded fairseq and done nothing else:
+    loading takes seconds, and there are 25 commands. (Recipes and examples start real ones.)
+    """
+    script = Path(sys.executable).parent / name
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "output")
+        process = LOADED.Process(target=be, args=(script, arguments, cwd, output))
+        process.start()
+        process.join()
+        printed = output.read_text(encoding="utf-8")
+    assert process.exitcode == 0, f"{name} {arguments}\n{printed[-4000:]}"
+    return printed
+
+
+def be(script, arguments, cwd, output):
+    """Turn this process into that of a script: its streams, its environment and nobody else's."""
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.environ.clear()
+    os.environ.update(PATH=str(Path(sys.executable).parent), OMP_NUM_THREADS="1")
+    os.chdir(cwd or ROOT)
+    multiprocessing.set_start_method(None, force=True)  # of the workers that load data
+    sys.argv = [str(script), *map(str, arguments)]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def sentences(count, seed):

@@ -3,8 +3,8 @@
 import json
 import re
 import socket
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,22 +126,15 @@ def test_two_workers_equal_one_that_accumulates(corpus, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # fairseq cannot wrap a model on a CPU in PyTorch's DDP (see test_criterion for that one).
-    shared = [*TRAINING, *TRANSFORMER, *SELF_KD, *options, "--ddp-backend", "legacy_ddp"]
-    shared += ["--save-dir", tmp_path / "two", "--distributed-world-size", 2]
+    shared = [*options, "--ddp-backend", "legacy_ddp", "--distributed-world-size", 2]
     shared += ["--distributed-no-spawn", "--distributed-backend", "gloo"]
     shared += ["--distributed-init-method", f"tcp://127.0.0.1:{port}"]
-    program = [sys.executable, "-m", "fairseq_cli.train", corpus / "pair", *map(str, shared)]
-    workers = [
-        subprocess.Popen(
-            [*program, "--distributed-rank", str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+
+    def worker(rank):
+        return train(corpus / "pair", tmp_path / "two", *shared, "--distributed-rank", rank)
+
+    with ThreadPoolExecutor(2) as workers:
+        outputs = list(workers.map(worker, (0, 1)))
     assert float(logged(outputs[0])[-1]["self_kd_weight"]) > 0
     assert_equal_weights(
         tmp_path / "one" / "checkpoint_last.pt",
@@ -259,7 +252,7 @@ def test_the_installed_plugin(capsys, monkeypatch):
 
 
 def quickstart(*arguments):
-    return command("python", ROOT / "examples" / "quickstart" / "run.py", *arguments)
+    return command(ROOT / "examples" / "quickstart" / "run.py", *arguments)
 
 
 def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
