@@ -207,7 +207,12 @@ class Runner:
                 time.sleep(1)
             else:
                 raise Stopped
-            yield file.fileno()
+            # Scripts use the numbers up to 9 as they like: recipe.sh would lose a lock that was 3.
+            lock = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 10)
+            try:
+                yield lock
+            finally:
+                os.close(lock)
 
     def _stop(self) -> None:
         with self.lock:

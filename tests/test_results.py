@@ -1,11 +1,13 @@
 """The runner of experiments: what it runs, what it leaves alone, what it collects."""
 
+import fcntl
 import json
 import math
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -388,6 +390,28 @@ def test_an_interruption_stops_what_runs(number, tmp_path):
     assert "training, log" not in printed  # no other run was begun
     found = subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert found.stdout == ""  # none was left behind
+
+
+def test_what_a_killed_program_leaves_behind_keeps_its_folder(tmp_path):
+    path = prepare(tmp_path, PLAN.replace(', "{root}/{out}", "{task}{seed}"', ""))
+    runs = plan.read(path, tmp_path)[:2]
+    arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "results", "--jobs", "2", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        outputs = [run.folder / "train.out" for run in runs]
+        while not all(out.exists() and "Training with" in out.read_text() for out in outputs):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    try:
+        for run in runs:
+            with (run.folder / "lock").open("w") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])
 
 
 PAGE = """# Results
