@@ -216,8 +216,8 @@ def check_prepared(runs: Sequence[Run]) -> None:
 
 
 def _flat(options: Sequence[Any]) -> List[Any]:
-    """Return options in one list; a declaration may hold them in several."""
-    lists = (option if isinstance(option, list) else [option] for option in options)
+    """Return options in one list; a declaration may hold them in lists of lists."""
+    lists = (_flat(option) if isinstance(option, list) else [option] for option in options)
     return [option for part in lists for option in part]
 
 

@@ -179,6 +179,7 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
     assert all("--self-kd-max-mass" in run.train for run in runs if run.criterion == "self_kd")
     words = [word for run in runs for word in (*run.train, *run.branch, *run.evaluate("valid"))]
     assert {type(word) for word in words} == {str}
+    assert not [word for word in words if word.startswith("[")]  # a list is no option
     # It must see the first weights.
     assert not any(run.branch for run in runs if "self_kd_frozen" in run.train)
 
