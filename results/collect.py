@@ -32,6 +32,8 @@ _PERPLEXITY = re.compile(r"^(valid|test): perplexity ([\d.]+) a word .* at least
 _LENGTH_PENALTY = re.compile(r"^(length penalty(?: ([\d.]+), valid BLEU)?): ([\d.]+)$")
 # What `results.calibration` prints.
 _CALIBRATION = re.compile(r"^calibration on (\w+): (.*)$")
+# What fairseq logs when it goes on from a checkpoint.
+_RESUMED = re.compile(r"Loaded checkpoint .* \(epoch \d+ @ (\d+) updates\)")
 
 
 def complete(run: Run) -> bool:
@@ -125,7 +127,18 @@ def conditions(run: Run) -> Row:
         "evaluation": " && ".join(map(_shown, commands)),
         "prepare": _shown(run.prepare),
         "trunk": trunk,
+        "resumed": _resumed(run),
     }
+
+
+def _resumed(run: Run) -> str:
+    """Return the updates after which the training was interrupted.
+
+    Within an epoch fairseq goes on with other batches: such a run is not repeated exactly.
+    """
+    log = (run.folder / "train.log").read_text(encoding="utf-8")
+    updates = _RESUMED.findall(log)
+    return " ".join(updates[1:] if run.trunk else updates) or "never"
 
 
 def which(run: Run) -> Row:

@@ -36,6 +36,8 @@ INNER = (
 INNER += " lr=0.1, train_wall={wall}, wall=99"
 VALID = "2026-01-01 00:00:00 | INFO | valid | epoch 001 | valid on 'valid' subset | loss {loss}"
 VALID += " | nll_loss 2.5 | ppl {ppl} | wps 1e+06 | num_updates {n} | best_loss 3.5"
+LOADED = "2026-01-01 00:00:00 | INFO | fairseq.trainer | "
+LOADED += "Loaded checkpoint {path} (epoch 2 @ {n} updates)\n"
 EVALUATION = """
 test2016, en-de, detokenised text (the figure to quote, with its signature):
   BLEU|nrefs:1|case:lc|version:2.6.0 = 36.4 68/44/30/22 (BP = 0.958 ratio = 0.959 hyp_len = 9)
@@ -227,6 +229,19 @@ def test_conditions_are_those_of_the_beginning(tmp_path):
     (run.folder / "conditions.json").write_text(json.dumps({**noted, "torch": "older"}))
     collect.began(run, threads=2)
     assert collect.conditions(run)["torch"] == "older"
+
+
+def test_interruptions_are_noted(tmp_path):
+    text = PLAN.replace("evaluate: [--best]", "trunk: {arm: plain, updates: 200}")
+    runs = plan.read(prepare(tmp_path, text.replace("update, 7", "update, 200")), tmp_path)[:2]
+    for run in runs:
+        finish(run)
+        assert collect.conditions(run)["resumed"] == "never"
+        with (run.folder / "train.log").open("a") as log:
+            for updates in (200, 250, 375):
+                log.write(LOADED.format(path=run.folder / "checkpoint_last.pt", n=updates))
+    # A branch begins with the checkpoint of its trunk: that is no interruption.
+    assert [collect.conditions(run)["resumed"] for run in runs] == ["200 250 375", "250 375"]
 
 
 def test_a_run_that_was_declared_otherwise_is_not_taken_for_complete(tmp_path):
