@@ -2,10 +2,12 @@
 
 For every experiment the mean and the sample standard deviation over seeds of every figure; "(2 of
 3)" where not all seeds have it. What was translated is also compared, seed by seed, with the
-baseline: the difference of BLEU and chrF2 and its p (`results.compare`). All of it comes from the
-CSV files that ``python -m results`` writes, so it needs none of the runs' folders. The plots are
-written beside them; a page of their name, ``.md``, gets its tables between the lines
-``<!-- tables of NAME -->`` and ``<!-- end of NAME -->``.
+baseline: the difference of BLEU and chrF2 and its p (`results.compare`). Where there are several
+seeds, the last table has each seed's difference to the baseline, with all texts together, and its
+mean: what all seeds have in common. All of it comes from the CSV files that ``python -m results``
+writes, so it needs none of the runs' folders. The plots are written beside them; a page of their
+name, ``.md``, gets its tables between the lines ``<!-- tables of NAME -->`` and
+``<!-- end of NAME -->``.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from results import collect, plots
 from results.compare import REACHED
@@ -99,6 +101,52 @@ def tables(rows: Rows, compared: Rows) -> Iterator[str]:
         if differences:
             baseline = differences[0]["baseline"]
             yield f"{group}, difference to {baseline} (p)\n\n{_differences(differences)}\n"
+    pairs = _seed_by_seed(rows)
+    if pairs:
+        yield f"difference to {rows[0]['arm']}, seed by seed\n\n{pairs}\n"
+
+
+def _seed_by_seed(rows: Rows) -> str:
+    """Return one row an arm: each seed's difference to the first arm, and their mean with its ±.
+
+    BLEU and chrF2 are averaged over the texts; perplexity is in % of the first arm's.
+    """
+    found = {(row["arm"], row["seed"], row["measure"]): float(row["value"]) for row in rows}
+    first, *others = dict.fromkeys(row["arm"] for row in rows)
+    seeds = [
+        seed for arm, seed in dict.fromkeys((arm, seed) for arm, seed, _ in found) if arm == first
+    ]
+    columns: Dict[str, List[str]] = {}
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        text, _, score = measure.rpartition(" ")
+        if score in ("BLEU", "chrF2") and " " not in text:  # not that of a length penalty
+            columns.setdefault(score, []).append(measure)
+        elif score == "perplexity" and _group(measure) != TRAINING:
+            columns[f"{measure}, %"] = [measure]
+    if len(seeds) < 2 or not columns or not others:
+        return ""
+
+    def difference(arm: str, seed: str, column: str) -> Optional[float]:
+        each = []
+        for measure in columns[column]:
+            before, after = (found.get((which, seed, measure)) for which in (first, arm))
+            if before is None or after is None:
+                return None
+            each.append(100 * (after / before - 1) if column.endswith("%") else after - before)
+        return statistics.fmean(each)
+
+    heads = [*(f"seed {seed}" for seed in seeds), "mean"]
+    lines = [["arm", *(f"{column}, {head}" for column in columns for head in heads)]]
+    for arm in others:
+        cells = []
+        for column in columns:
+            each = [difference(arm, seed, column) for seed in seeds]
+            known = [value for value in each if value is not None]
+            cells += ["" if value is None else f"{value:+.2f}" for value in each]
+            spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+            cells.append(f"{statistics.fmean(known):+.2f}{spread}" if known else "")
+        lines.append([arm, *cells])
+    return table(lines)
 
 
 def _group(measure: str) -> str:

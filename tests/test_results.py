@@ -545,6 +545,33 @@ def test_an_arm_that_lacks_figures_is_not_left_out(tmp_path):
     ]
 
 
+def test_what_all_seeds_have_in_common_is_the_last_table():
+    figures = {
+        ("a", "1"): {"test2016 BLEU": 30, "coco BLEU": 20, "test perplexity": 80},
+        ("a", "2"): {"test2016 BLEU": 31, "coco BLEU": 21, "test perplexity": 50},
+        ("b", "1"): {"test2016 BLEU": 32, "coco BLEU": 21, "test perplexity": 76},
+        ("b", "2"): {"test2016 BLEU": 31, "coco BLEU": 20, "test perplexity": 51},
+        ("c", "2"): {"test2016 BLEU": 31, "test perplexity": 49},
+    }
+    others = {"validation perplexity": 9, "length penalty 1.0, valid BLEU": 30, "coco nll": 2}
+    rows = [
+        {"arm": arm, "seed": seed, "measure": measure, "value": str(value)}
+        for (arm, seed), found in figures.items()
+        for measure, value in {**found, **others}.items()
+    ]
+    *_, last = report.tables(rows, [])
+    assert last.splitlines() == [
+        *("difference to a, seed by seed", ""),
+        "| arm | BLEU, seed 1 | BLEU, seed 2 | BLEU, mean | test perplexity, %, seed 1 | "
+        "test perplexity, %, seed 2 | test perplexity, %, mean |",
+        "|---|---|---|---|---|---|---|",
+        "| b | +1.50 | -0.50 | +0.50 ± 1.41 | -5.00 | +2.00 | -1.50 ± 4.95 |",
+        "| c |  |  |  |  | -2.00 | -2.00 |",
+    ]
+    of_one_seed = [row for row in rows if row["seed"] == "2"]
+    assert not any("seed by seed" in made for made in report.tables(of_one_seed, []))
+
+
 def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch):
     path = prepare(tmp_path)
     arguments = ["report", "--plan", str(path), "--csv", str(tmp_path / "none.csv")]
