@@ -24,6 +24,8 @@ from results import calibration, collect, compare
 from results.branch import trunk_checkpoint
 from results.plan import ROOT, PlanError, Run, Trunk, check_prepared, read
 
+INTERRUPTED = "\nInterrupted. The same command goes on from here."
+
 
 def main() -> None:
     """Run what is missing, print a line when a run begins and ends, collect the figures."""
@@ -49,20 +51,28 @@ def main() -> None:
     except (PlanError, OSError) as error:
         sys.exit(f"python -m results: {error}")
     if found:
-        print("Comparing translations with the baselines': some seconds an arm", flush=True)
-        names = ("runs", "curves", "compared")
-        conditions, curves, compared = (collect.beside(args.csv, name) for name in names)
-        collect.write([row for run in found for row in collect.rows(run)], args.csv)
-        collect.write([collect.conditions(run) for run in found], conditions)
-        collect.write([row for run in found for row in collect.curve_rows(run)], curves)
-        collect.write(list(compare.rows(found, runs)), compared)
-        print(
-            f"Figures: {args.csv}; what repeats them: {conditions}; validation: {curves}; "
-            f"comparisons: {compared}"
-        )
+        try:
+            figures(found, runs, args.csv)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
     print(f"{len(found)} of {len(runs)} runs are complete")
     if failure:
         sys.exit(failure)
+
+
+def figures(complete: List[Run], declared: List[Run], path: Path) -> None:
+    """Write the figures of complete runs to a CSV file, and what belongs to them beside it."""
+    print("Comparing translations with the baselines': some seconds an arm", flush=True)
+    names = ("runs", "curves", "compared")
+    conditions, curves, compared = (collect.beside(path, name) for name in names)
+    collect.write([row for run in complete for row in collect.rows(run)], path)
+    collect.write([collect.conditions(run) for run in complete], conditions)
+    collect.write([row for run in complete for row in collect.curve_rows(run)], curves)
+    collect.write(list(compare.rows(complete, declared)), compared)
+    print(
+        f"Figures: {path}; what repeats them: {conditions}; validation: {curves}; "
+        f"comparisons: {compared}"
+    )
 
 
 class Runner:
@@ -87,7 +97,7 @@ class Runner:
                     with contextlib.suppress(Stopped):  # because of another one
                         future.result()
             except KeyboardInterrupt:
-                return "\nInterrupted. The same command goes on from here."
+                return INTERRUPTED
             except RunError as error:
                 return f"\npython -m results: {error}"
             finally:

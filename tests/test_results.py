@@ -408,6 +408,23 @@ def test_an_interruption_stops_what_runs(number, tmp_path):
     assert found.stdout == ""  # none was left behind
 
 
+def test_an_interruption_of_the_comparison_is_told_too(tmp_path, monkeypatch):
+    path = prepare(tmp_path)
+    for run in plan.read(path, tmp_path):
+        finish(run)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "rows", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of the tests stay
+    places = ("--out", str(tmp_path), "--csv", str(tmp_path / "out.csv"))
+    monkeypatch.setattr(sys, "argv", ["results", "--plan", str(path), *places])
+    with pytest.raises(SystemExit, match="Interrupted"):
+        run_all()
+    assert len(collect.read(tmp_path / "out.csv")) == 4 * FIGURES  # what was found by then stays
+
+
 def test_what_a_killed_program_leaves_behind_keeps_its_folder(tmp_path):
     path = prepare(tmp_path, PLAN.replace(', "{root}/{out}", "{task}{seed}"', ""))
     runs = plan.read(path, tmp_path)[:2]
