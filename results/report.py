@@ -113,9 +113,7 @@ def _seed_by_seed(rows: Rows) -> str:
     """
     found = {(row["arm"], row["seed"], row["measure"]): float(row["value"]) for row in rows}
     first, *others = dict.fromkeys(row["arm"] for row in rows)
-    seeds = [
-        seed for arm, seed in dict.fromkeys((arm, seed) for arm, seed, _ in found) if arm == first
-    ]
+    seeds = list(dict.fromkeys(seed for arm, seed, _ in found if arm == first))
     columns: Dict[str, List[str]] = {}
     for measure in dict.fromkeys(row["measure"] for row in rows):
         text, _, score = measure.rpartition(" ")
