@@ -10,11 +10,21 @@ import torch
 
 
 def processor() -> str:
-    """Return the name of the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
+    """Return the name of the processor, on Linux with its family and model.
+
+    Virtual machines give the same name to several generations, on which the same sums are rounded
+    otherwise: a training with the same seed comes to other figures.
+    """
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    known: Dict[str, str] = {}
+    for name, found, value in (line.partition(":") for line in lines):
+        if found:
+            known.setdefault(name.strip(), value.strip())
+    name = known.get("model name", platform.processor())
+    if "cpu family" in known and "model" in known:
+        name += f" (family {known['cpu family']}, model {known['model']})"
+    return name
 
 
 def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:
