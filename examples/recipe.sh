@@ -80,8 +80,8 @@ value() {  # OPTION VALUE...: sets VALUE
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where it is offered, JOINED, MERGES, WORDS
-    LOCAL="" SMOKE="" OUT="" JOINED="" MERGES="" WORDS="" WORKERS=$(nproc) OWN=()
+prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where offered, JOINED, MERGES, PAIRS, WORDS
+    LOCAL="" SMOKE="" OUT="" JOINED="" MERGES="" PAIRS="" WORDS="" WORKERS=$(nproc) OWN=()
     while [ $# -gt 0 ]; do
         case $1 in
             --raw) value "$@" && LOCAL=$VALUE && shift 2 ;;
@@ -90,6 +90,7 @@ prepare_options() {  # sets OUT, RAW, LOCAL, SMOKE, WORKERS and, where it is off
             --smoke) SMOKE=yes OWN+=("$1") && shift ;;
             --joined-dictionary) offered "$1" && JOINED=-joined OWN+=("$1") && shift ;;
             --merges) offered "$1" && value "$@" && MERGES=$VALUE && shift 2 ;;
+            --pairs) offered "$1" && value "$@" && PAIRS=$VALUE && shift 2 ;;
             --words) offered "$1" && value "$@" && WORDS=$VALUE && shift 2 ;;
             -h | --help) help ;;
             *) stop "there is no option $1; see $SCRIPT --help" ;;

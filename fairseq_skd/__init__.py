@@ -7,7 +7,7 @@ it, the functions below are all there is, and all that another trainer needs.
 import importlib.util
 
 from fairseq_skd.linear_loss import LinearLosses, self_kd_linear_cross_entropy
-from fairseq_skd.loss import Losses, reference_loss, self_kd_cross_entropy
+from fairseq_skd.loss import Losses, TopWords, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import Neighbors, nearest_neighbors
 from fairseq_skd.schedule import self_kd_weight
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget, automatic_sigma, soft_target
@@ -22,6 +22,7 @@ __all__ = [
     "Neighbors",
     "SelfTeacher",
     "SoftTarget",
+    "TopWords",
     "__version__",
     "automatic_sigma",
     "nearest_neighbors",

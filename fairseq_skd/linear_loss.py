@@ -14,15 +14,35 @@ few hundred positions a tile is one compact piece of memory; in rows of V words 
 lies in another page. On two cores (AVX2, MKL, d = 512 and 256) the product that makes the logits of
 160 to 320 positions ran 1.2 to 1.4 times as fast this way at V = 32,768 and 100,000, and the three
 products together about 1.1 times.
+
+Half precision. Logits have the type that ``F.linear`` would give them; everything else is float32,
+but for the operands of products. A float16 operand is multiplied by a power of two of our own
+before it is rounded, and the sum of the products, which is float32, divided by it. So no gradient
+depends on the loss scale, which is known only when the backward pass begins.
+
+Indices are along the last dimension everywhere, by way of a transposed view where that is not the
+one that is meant: up to torch 2.5.1 the CPU's ``gather`` and ``scatter_add`` along dimension 0
+take an index of shape 1 x N or N x 1 for an expanded one and are silently wrong
+(pytorch/pytorch#129093).
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.torch_version import TorchVersion
 
-from fairseq_skd.loss import sparse_target, uniform_weight
-from fairseq_skd.soft_targets import SelfTeacher
+from fairseq_skd.loss import (
+    TopWords,
+    check_arguments,
+    distilled,
+    known_targets,
+    training_target,
+)
+from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
 __all__ = ["LinearLosses", "self_kd_linear_cross_entropy"]
 
@@ -38,25 +58,32 @@ _CPU_POSITIONS = 160
 # Blocks hold multiples of this many positions: 125 made the products 1.2 times as slow as 128.
 _ALIGNMENT = 32
 
-# Words in one group of the search for the largest logit.
+# Words in one group of the search for the largest logits.
 _GROUP = 32
+
+# What a gradient of the logits, which lies between -1 and 1, is multiplied by in float16: half of
+# the largest number's power of two. Then values down to 2e-9 keep all of float16's digits.
+_FLOAT16_SCALE = 2.0**15
 
 
 class LinearLosses(NamedTuple):
-    """Sums over all positions that count (scalars, losses in nats).
+    """Sums over all positions that count, or one value a position (losses in nats).
 
     Attributes
     ----------
     loss : Tensor
-        What to train on. The others carry no gradient.
+        What to train on, with the positions' weights. The others are without them, and carry no
+        gradient.
     nll_loss : Tensor
         Negative log-likelihood of the targets.
     self_kd_loss : Tensor
-        Cross-entropy to the soft targets; 0 without a teacher.
+        Cross-entropy to the soft targets (times their `share`); 0 without them.
     mass : Tensor
-        Probability given to words other than the target; 0 without a teacher.
+        Probability that soft targets give to words other than the target (times their `share`).
     correct : Tensor, optional
         Positions whose largest logit is the target, if asked for.
+    top : TopWords, optional
+        Of every position, if asked for.
     """
 
     loss: Tensor
@@ -64,39 +91,51 @@ class LinearLosses(NamedTuple):
     self_kd_loss: Tensor
     mass: Tensor
     correct: Optional[Tensor]
+    top: Optional[TopWords] = None
 
 
 def self_kd_linear_cross_entropy(
     features: Tensor,
     embedding: Tensor,
     target: Tensor,
-    teacher: Optional[SelfTeacher] = None,
+    soft_target: Union[SoftTarget, SelfTeacher, None] = None,
     label_smoothing: float = 0.0,
     weight: float = 0.0,
-    ignore_index: Optional[int] = None,
+    ignore_index: int = -100,
+    position_weights: Optional[Tensor] = None,
+    reduction: str = "sum",
     count_correct: bool = False,
+    top_k: int = 0,
     block_bytes: Optional[int] = None,
 ) -> LinearLosses:
-    """Compute what `self_kd_cross_entropy` gives for ``features @ embedding.t()``, summed.
+    """Compute what `self_kd_cross_entropy` gives for ``features @ embedding.t()``.
 
-    The gradients are computed in the forward pass and multiplied by the gradient of the sum in
-    the backward pass. That is why only the sum has one, and why float16 is refused: without the
-    loss scale, which is known only in the backward pass, small gradients would be lost.
+    The gradients of the sum are computed in the forward pass and multiplied by the gradient of
+    the sum in the backward pass, which can run once. Losses a position may get any gradient from
+    above, so theirs are computed in the backward pass, from logits that are made again: four
+    products instead of three, and as many backward passes as you like. Where no gradient is wanted
+    (``torch.no_grad``, or nothing requires one) there is one product.
 
     Parameters
     ----------
     features : Tensor
-        N x d, bfloat16, float32 or float64.
+        N x d, float16, bfloat16, float32 or float64.
     embedding : Tensor
-        The output projection W, V x d, of the same dtype and device.
+        The output projection W, V x d, of the same dtype and device. Under autocast both may be
+        of any type: products are computed in autocast's, as ``F.linear`` would.
     target : Tensor
         int64, N.
-    teacher : SelfTeacher, optional
-        Refreshed; needed if ``weight`` > 0.
-    label_smoothing, weight, ignore_index
+    soft_target : SoftTarget or SelfTeacher, optional
+        From anywhere (`SoftTarget` says how it is read), or who makes it. Needed if ``weight`` > 0,
+        and not looked at otherwise.
+    label_smoothing, weight, ignore_index, position_weights
         As for `self_kd_cross_entropy`.
+    reduction : {"sum", "none"}
+        Sums, or one value a position.
     count_correct : bool
-        Also count the positions at which the model's first choice is the target.
+        Also say where the model's first choice is the target.
+    top_k : int
+        Also return so many most probable words of every position.
     block_bytes : int, optional
         Bound on a float32 block of logits. Default: 24 MiB on a CPU, or 160 positions where that
         is more; 512 MiB elsewhere. At least one position is always taken.
@@ -109,27 +148,54 @@ def self_kd_linear_cross_entropy(
     Raises
     ------
     ValueError
-        If ``weight`` > 0 without a teacher, or the dtype is not supported.
+        If ``weight`` > 0 without a soft target, or a dtype, a shape or the reduction is not
+        supported.
+    RuntimeError
+        If a target is no word, see `known_targets`; at a second backward pass through a sum.
     """
-    if teacher is None and weight > 0:
-        raise ValueError(f"weight is {weight}, but there is no teacher")
-    if features.dtype == torch.float16 or features.dtype != embedding.dtype:
+    check_arguments(len(features), target, soft_target, weight, position_weights)
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; allowed: sum, none")
+    device = features.device.type
+    compute = features.dtype
+    if _autocast_is_on(device):
+        compute = torch.get_autocast_dtype(device)
+    elif features.dtype != embedding.dtype:
         raise ValueError(
-            f"features are {features.dtype} and the embedding is {embedding.dtype}; both must be "
-            "bfloat16, float32 or float64 (for float16 use self_kd_cross_entropy)"
+            f"features are {features.dtype} and the embedding is {embedding.dtype}; without "
+            "autocast both must be the same"
         )
-    loss, nll, kd, mass, correct = _LinearLoss.apply(
-        features,
-        embedding,
+    target, ignored = known_targets(target, ignore_index, len(embedding))
+    problem = _Problem(
         target,
-        None if weight == 0 else teacher,
+        ignored,
+        None if weight == 0 else soft_target,
         label_smoothing,
         weight,
-        ignore_index,
+        position_weights,
         count_correct,
+        min(top_k, len(embedding)),
+        compute,
         _block_positions(features, embedding, block_bytes),
     )
-    return LinearLosses(loss, nll, kd, mass, correct if count_correct else None)
+    function = _SummedLoss if reduction == "sum" else _LossOfPositions
+    # Said here, since a Function is told that a parameter needs a gradient under no_grad too.
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (features, embedding)]
+    loss, nll, kd, mass, correct, ids, lprobs = function.apply(
+        features, embedding, problem, *wanted
+    )
+    return LinearLosses(
+        loss,
+        nll,
+        kd,
+        mass,
+        correct if count_correct else None,
+        TopWords(ids, lprobs) if top_k else None,
+    )
+
+
+def _autocast_is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _block_positions(features: Tensor, embedding: Tensor, block_bytes: Optional[int]) -> int:
@@ -145,6 +211,204 @@ def _block_positions(features: Tensor, embedding: Tensor, block_bytes: Optional[
     return max(1, min(positions, len(features)))
 
 
+@dataclass
+class _Problem:
+    """What is to be computed of features and an embedding."""
+
+    target: Tensor
+    ignored: Tensor
+    soft_target: Union[SoftTarget, SelfTeacher, None]
+    label_smoothing: float
+    weight: float
+    position_weights: Optional[Tensor]
+    count_correct: bool
+    top_k: int
+    compute: torch.dtype
+    block_positions: int
+
+    def factors(self, grad: Union[float, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the gradient of the result with respect to every position's loss, N."""
+        factors = torch.ones_like(self.target, dtype=dtype)
+        if self.position_weights is not None:
+            factors *= self.position_weights.detach().to(dtype)
+        return (factors * grad).masked_fill_(self.ignored, 0)
+
+
+class _Result(NamedTuple):
+    """Values of every position, and the gradients of features and embedding.
+
+    ``grad_embedding * factor + column`` is the gradient of the embedding: what every row has in
+    common, and what all are multiplied by, wait for the pass that the backward pass makes anyway.
+    """
+
+    values: List[Tensor]  # loss, nll, kd, mass, correct; then ids and log-probabilities, N x k
+    soft_target: Optional[SoftTarget]
+    grad_features: Optional[Tensor] = None
+    grad_embedding: Optional[Tensor] = None
+    factor: Union[float, Tensor] = 1.0
+    column: Optional[Tensor] = None
+
+
+def _compute(
+    features: Tensor,
+    embedding: Tensor,
+    problem: _Problem,
+    factors: Optional[Tensor],
+    for_features: bool,
+    for_embedding: bool,
+) -> _Result:
+    """Go through all positions in blocks.
+
+    ``factors`` is what `_Problem.factors` gives, None if no gradient is wanted.
+    """
+    device = features.device.type
+    off = torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()
+    with torch.no_grad(), off:
+        wide = torch.promote_types(features.dtype, torch.float32)
+        table = embedding
+        # Positions that do not count may hold NaN, which would reach the gradient of the table.
+        features = features.masked_fill(problem.ignored.unsqueeze(1), 0).to(problem.compute)
+        embedding = embedding.to(problem.compute)
+        num_positions, num_words = len(features), len(embedding)
+        float16 = problem.compute == torch.float16
+        teacher = problem.soft_target
+        per_block = isinstance(teacher, SelfTeacher) and teacher.needs_prediction
+        soft = None
+        if isinstance(teacher, SelfTeacher) and not per_block:
+            soft = teacher.soft_target(problem.target)
+        elif isinstance(teacher, SoftTarget):
+            soft = teacher
+        row_sum = None
+        if problem.label_smoothing or teacher is not None:
+            row_sum = embedding.sum(0, dtype=wide)
+
+        values = [features.new_zeros(num_positions, dtype=wide) for _ in range(5)]
+        top_ids = problem.target.new_empty(num_positions, problem.top_k)
+        top_lprobs = features.new_empty(num_positions, problem.top_k, dtype=wide)
+        soft_blocks: List[SoftTarget] = []
+        grad_features = grad_embedding = column = None
+        factor: Union[float, Tensor] = 1.0
+        if factors is not None and for_features:
+            grad_features = features.new_empty(features.shape, dtype=wide)
+        if factors is not None and for_embedding:
+            grad_embedding = features.new_zeros(embedding.shape, dtype=wide)
+            if row_sum is not None:
+                column = features.new_zeros(embedding.size(1), dtype=wide)
+            if float16:
+                # The largest factor's power of two, so that no position leaves float16's range.
+                largest = factors.abs().amax() if num_positions else factors.new_ones(())
+                unit = largest.clamp(min=torch.finfo(wide).tiny).log2().ceil().exp2()
+                factor = unit / _FLOAT16_SCALE
+
+        # Rows beyond the vocabulary fill the last group of the search for the largest logits.
+        padded_words = -(-num_words // _GROUP) * _GROUP
+        buffer = features.new_empty(padded_words * problem.block_positions)
+        for start in range(0, num_positions, problem.block_positions):
+            part = slice(start, start + problem.block_positions)
+            x, target = features[part], problem.target[part]
+            # In one piece also where the last block is smaller.
+            block = buffer[: padded_words * len(x)].view(padded_words, len(x))
+            torch.mm(embedding, x.t(), out=block[:num_words])
+            block[num_words:] = float("-inf")
+            padded = block.to(wide)
+            by_position = padded.t()
+
+            prediction = None
+            if problem.count_correct or per_block:
+                prediction = _argmax(padded)
+            if per_block:
+                soft_block = teacher.soft_target(target, prediction, table)  # type: ignore[union-attr]
+                soft_blocks.append(soft_block)
+            else:
+                soft_block = None if soft is None else _rows(soft, part)
+            ids, weights, uniform = training_target(
+                target, soft_block, problem.label_smoothing, problem.weight, num_words, wide
+            )
+            chosen = by_position.gather(1, ids)
+            if problem.top_k:
+                top_ids[part], top_lprobs[part] = _largest(padded, problem.top_k)
+
+            logits = padded[:num_words]
+            largest = logits.amax(0)
+            exponentials = logits.sub_(largest).exp_()
+            normalizer = exponentials.sum(0)
+            log_normalizer = normalizer.log() + largest
+            loss = log_normalizer - (weights * chosen).sum(1)
+            total = largest if row_sum is None else x.to(wide) @ row_sum
+            if uniform is not None:
+                loss -= uniform * total
+            values[0][part] = loss
+            values[1][part] = log_normalizer - chosen[:, 0]
+            if soft_block is not None:
+                values[2][part], values[3][part] = distilled(
+                    soft_block, target, log_normalizer, chosen[:, 1:], total, num_words
+                )
+            if problem.count_correct:
+                values[4][part] = prediction.eq(target).to(wide)  # type: ignore[union-attr]
+            if problem.top_k:
+                top_lprobs[part] -= log_normalizer.unsqueeze(1)
+            if grad_features is None and grad_embedding is None:
+                continue
+
+            # The gradient softmax(z) - s is a column of exponentials less s * normalizer, all
+            # divided by the normalizer: that goes to the narrow side of both products. float16
+            # has no room for a normalizer of V, so there it does not.
+            assert factors is not None
+            if float16:
+                exponentials.mul_(_FLOAT16_SCALE / normalizer)
+                sparse = weights * -_FLOAT16_SCALE
+                narrow = factors[part]
+            else:
+                sparse = weights * -normalizer.unsqueeze(1)
+                narrow = factors[part] / normalizer
+            exponentials.t().scatter_add_(1, ids, sparse)
+            gradient = exponentials.to(problem.compute)
+            if grad_features is not None:
+                grad_x = _product(gradient.t(), embedding, wide)
+                if float16:
+                    grad_x.mul_(1 / _FLOAT16_SCALE)
+                grad_x.mul_(narrow.unsqueeze(1))
+                if uniform is not None:
+                    assert row_sum is not None
+                    grad_x.addcmul_((factors[part] * uniform).unsqueeze(1), row_sum, value=-1)
+                grad_features[part] = grad_x
+            if grad_embedding is not None:
+                if float16:
+                    narrow = narrow / unit
+                scaled = (narrow.unsqueeze(1) * x).to(problem.compute)
+                if wide == problem.compute:
+                    grad_embedding.addmm_(gradient, scaled)
+                else:
+                    grad_embedding += _product(gradient, scaled, wide)
+                if uniform is not None:
+                    assert column is not None
+                    column -= (factors[part] * uniform) @ x.to(wide)
+
+        values = [value.masked_fill_(problem.ignored, 0) for value in values]
+        if soft_blocks:
+            soft = SoftTarget(*(torch.cat(parts) for parts in zip(*(s[:2] for s in soft_blocks))))
+        values += [top_ids, top_lprobs]
+        return _Result(values, soft, grad_features, grad_embedding, factor, column)
+
+
+def _rows(soft: SoftTarget, part: slice) -> SoftTarget:
+    return SoftTarget(*(x if x is None else x[part] for x in soft))
+
+
+def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """Return a @ b, of whatever type they are, in float32 (float64 for float64).
+
+    A float16 result could overflow, and must be float32 from the first sum on.
+    """
+    if a.dtype == wide:
+        return torch.mm(a, b)
+    if a.device.type == "cuda" and torch.version.cuda and TorchVersion(torch.__version__) >= "2.8":
+        return torch.mm(a, b, out_dtype=wide)  # type: ignore[call-overload]
+    if a.dtype == torch.float16:
+        return torch.mm(a.to(wide), b.to(wide))
+    return torch.mm(a, b).to(wide)
+
+
 def _argmax(padded: Tensor) -> Tensor:
     """Return the row of the largest value in every column; of equal ones the first.
 
@@ -153,113 +417,111 @@ def _argmax(padded: Tensor) -> Tensor:
     rows is a multiple of the size of a group.
     """
     best = padded.view(-1, _GROUP, padded.size(1)).amax(1).argmax(0)
-    members = best * _GROUP + torch.arange(_GROUP, device=padded.device).unsqueeze(1)
-    first = padded.gather(0, members).argmax(0, keepdim=True)
-    return members.gather(0, first).squeeze(0)
+    members = _members(best.unsqueeze(1))
+    return best * _GROUP + padded.t().gather(1, members).argmax(1)
 
 
-class _LinearLoss(torch.autograd.Function):
+def _largest(padded: Tensor, k: int) -> Tuple[Tensor, Tensor]:
+    """Return the rows of the k largest values in every column, and these: B x k each.
+
+    They lie in the k groups whose maxima are largest, but for equal values.
+    """
+    maxima = padded.view(-1, _GROUP, padded.size(1)).amax(1).t().contiguous()
+    groups = maxima.topk(min(k, maxima.size(1)), 1).indices
+    members = _members(groups)
+    values, places = padded.t().gather(1, members).topk(k, 1)
+    return members.gather(1, places), values
+
+
+def _members(groups: Tensor) -> Tensor:
+    """Return the rows in groups: B x g to B x (g * size of a group)."""
+    within = torch.arange(_GROUP, device=groups.device)
+    return (groups.unsqueeze(2) * _GROUP + within).flatten(1)
+
+
+def _finished(result: _Result, grad: Union[float, Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """Return the gradient of the embedding, multiplied by ``grad``, in its own type.
+
+    What float16 cannot hold becomes infinite there, so that a loss scaler sees it.
+    """
+    gradient = result.grad_embedding
+    if gradient is None:
+        return None
+    gradient.mul_(result.factor * grad)
+    if result.column is not None:
+        gradient.add_(result.column * grad)
+    return gradient.to(dtype)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sums over positions; the gradients are made in the forward pass."""
+
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        features: Tensor,
-        embedding: Tensor,
-        target: Tensor,
-        teacher: Optional[SelfTeacher],
-        label_smoothing: float,
-        weight: float,
-        ignore_index: Optional[int],
-        count_correct: bool,
-        block_positions: int,
+        ctx: Any, features: Tensor, embedding: Tensor, problem: _Problem, *wanted: bool
     ) -> Tuple[Tensor, ...]:
-        num_words = len(embedding)
         wide = torch.promote_types(features.dtype, torch.float32)
-        for_features, for_embedding = ctx.needs_input_grad[:2]
-        kept = torch.ones_like(target, dtype=wide)
-        if ignore_index is not None:
-            ignored = target.eq(ignore_index)
-            target = target.masked_fill(ignored, 0)
-            kept.masked_fill_(ignored, 0)
-
-        uniform = uniform_weight(label_smoothing, weight, num_words)
-        row_sum = embedding.sum(0, dtype=wide) if uniform else None
-        # (loss, nll, kd, mass, correct)
-        sums = features.new_zeros(5, dtype=wide)
-        grad_features = features.new_empty(features.shape, dtype=wide) if for_features else None
-        grad_embedding = None
-        if for_embedding:
-            # - u sum_i x_i in every row
-            column = -uniform * (kept.unsqueeze(1) * features).sum(0, dtype=wide)
-            grad_embedding = column.repeat(num_words, 1)
-
-        # Rows beyond the vocabulary fill the last group of `_argmax`; no product writes them.
-        padded_words = -(-num_words // _GROUP) * _GROUP
-        buffer = features.new_empty(padded_words, block_positions)
-        buffer[num_words:] = float("-inf")
-        for start in range(0, len(features), block_positions):
-            part = slice(start, start + block_positions)
-            x, mask = features[part], kept[part]
-            torch.mm(embedding, x.t(), out=buffer[:num_words, : len(x)])
-            padded = buffer[:, : len(x)].to(wide)
-            logits = padded[:num_words]
-            largest = logits.amax(0)
-            prediction = soft = None
-            if count_correct or (teacher is not None and teacher.needs_prediction):
-                prediction = _argmax(padded)
-                sums[4] += (prediction.eq(target[part]) * mask).sum()
-            if teacher is not None:
-                soft = teacher.soft_target(target[part], prediction, embedding)
-            ids, weights = sparse_target(
-                target[part], soft, label_smoothing, weight, num_words, wide
-            )
-            ids, weights = ids.t(), weights.t()
-            chosen = logits.gather(0, ids)
-
-            exponentials = logits.sub_(largest).exp_()
-            normalizer = exponentials.sum(0)
-            log_normalizer = normalizer.log() + largest
-            coefficient = weights.sum(0) + num_words * uniform
-            loss = coefficient * log_normalizer - (weights * chosen).sum(0)
-            if row_sum is not None:
-                loss -= uniform * (x.to(wide) @ row_sum)
-            sums[0] += (mask * loss).sum()
-            sums[1] += (mask * (log_normalizer - chosen[0])).sum()
-            if soft is not None:
-                kd = log_normalizer - (soft.weights.t().to(wide) * chosen).sum(0)
-                sums[2] += (mask * kd).sum()
-                sums[3] += (mask * soft.mass).sum()
-
-            # The gradient c softmax(z) - s is a column of exponentials less s * normalizer / c,
-            # all times c / normalizer: that factor goes to the narrow side of both products.
-            factor = (mask * coefficient / normalizer).unsqueeze(1)
-            sparse = weights * (-normalizer / coefficient)
-            gradient = exponentials.scatter_add_(0, ids, sparse).to(features.dtype)
-            if grad_features is not None:
-                grad_x = torch.mm(gradient.t(), embedding).to(wide).mul_(factor)
-                if row_sum is not None:
-                    grad_x.addcmul_(mask.unsqueeze(1), row_sum, value=-uniform)
-                grad_features[part] = grad_x
-            if grad_embedding is not None:
-                scaled = (factor * x).to(features.dtype)
-                if wide == features.dtype:
-                    grad_embedding.addmm_(gradient, scaled)
-                else:
-                    grad_embedding += torch.mm(gradient, scaled)
-        ctx.gradients = grad_features, grad_embedding
-        ctx.dtype = features.dtype
-        # Copies, not views of one tensor: fairseq scales the loss in place.
-        loss, *others = (x.clone() for x in sums)
-        ctx.mark_non_differentiable(*others)
-        return (loss, *others)
+        factors = problem.factors(1.0, wide)
+        result = _compute(
+            features, embedding, problem, factors if any(wanted) else None, *wanted
+        )
+        loss, *others = result.values[:5]
+        sums = [(loss * factors).sum(), *(x.sum() for x in others)]
+        top = result.values[5:]
+        ctx.result, ctx.dtypes = result._replace(values=[]), (features.dtype, embedding.dtype)
+        ctx.mark_non_differentiable(*sums[1:], *top)
+        return (*sums, *top)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tuple[Optional[Tensor], ...]:  # type: ignore[override]
-        if ctx.gradients is None:
+        if ctx.result is None:
             raise RuntimeError(
-                "self_kd_linear_cross_entropy: a second backward pass through the same loss; "
-                "compute the loss again"
+                "self_kd_linear_cross_entropy: a second backward pass through the same sum; "
+                "compute the loss again, or use reduction='none', which allows it"
             )
         # Handed over, not kept: autograd can then take W's gradient without a copy.
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (g if g is None else g.mul_(grad).to(ctx.dtype) for g in gradients)
-        return (*scaled, None, None, None, None, None, None, None)
+        result, ctx.result = ctx.result, None
+        grad_features = result.grad_features
+        if grad_features is not None:
+            grad_features = grad_features.mul_(grad).to(ctx.dtypes[0])
+        return (grad_features, _finished(result, grad, ctx.dtypes[1]), None, None, None)
+
+
+class _LossOfPositions(torch.autograd.Function):
+    """Values of every position; the gradients are made in the backward pass, from new logits."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, features: Tensor, embedding: Tensor, problem: _Problem, *wanted: bool
+    ) -> Tuple[Tensor, ...]:
+        result = _compute(features, embedding, problem, None, False, False)
+        loss, *others = result.values
+        ctx.save_for_backward(features, embedding)
+        # Without what only the forward pass is asked for; the soft target stays what it was.
+        ctx.problem = _Problem(
+            problem.target,
+            problem.ignored,
+            result.soft_target,
+            problem.label_smoothing,
+            problem.weight,
+            problem.position_weights,
+            False,
+            0,
+            problem.compute,
+            problem.block_positions,
+        )
+        ctx.wanted = wanted
+        ctx.mark_non_differentiable(*others)
+        return (problem.factors(1.0, loss.dtype) * loss, *others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tuple[Optional[Tensor], ...]:  # type: ignore[override]
+        features, embedding = ctx.saved_tensors
+        factors = ctx.problem.factors(grad, grad.dtype)
+        result = _compute(features, embedding, ctx.problem, factors, *ctx.wanted)
+        grad_features = result.grad_features
+        if grad_features is not None:
+            grad_features = grad_features.to(features.dtype)
+        return (grad_features, _finished(result, 1.0, embedding.dtype), None, None, None)

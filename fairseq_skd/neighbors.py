@@ -88,10 +88,9 @@ def nearest_neighbors(
     similarity : {"euclidean", "cosine"}
         See `embedding_space`.
     block_bytes : int
-        Bound on the block of distances. Beside it there are float32 copies of the rows (V x d)
-        and of the eligible rows, the result (12 bytes a neighbour) and, in a block of B rows,
-        B x (k + 6) x d floats of differences, for which B is bounded too. At least one row is
-        always taken.
+        Bound on the block of distances. Beside it there are a float32 copy of the eligible rows,
+        the result (12 bytes a neighbour) and, in a block of B rows, B x (k + 6) x d floats of
+        differences, for which B is bounded too. At least one row is always taken.
 
     Returns
     -------
@@ -109,45 +108,48 @@ def nearest_neighbors(
     """
     if embedding.dim() != 2:
         raise ValueError(f"embedding has shape {tuple(embedding.shape)}; a V x d matrix is needed")
-    vectors = embedding_space(embedding, similarity)
-    num_words, dim = vectors.shape
+    embedding = embedding.detach()
+    num_words, dim = embedding.shape
+    device = embedding.device
     if eligible is None:
-        eligible = torch.arange(num_words, device=vectors.device)
-    eligible = eligible.to(vectors.device, non_blocking=True)
+        eligible = torch.arange(num_words, device=device)
+    eligible = eligible.to(device, non_blocking=True)
     num_eligible = eligible.numel()
     if not 1 <= k < num_eligible:
         raise ValueError(
             f"k is {k}; with {num_eligible} eligible words it must be at least 1 and at most "
             f"{num_eligible - 1}"
         )
-    torch._assert_async(
-        torch.isfinite(vectors).all(),
-        "self-KD: the output projection holds NaN or infinite values, so there are no distances "
-        "between words; training has diverged (try a lower learning rate, more warm-up or "
-        "gradient clipping)",
-    )
-
-    columns = vectors[eligible]
+    columns = embedding_space(embedding[eligible], similarity)
     squared_norms = columns.square().sum(1)
     shortlist = min(k + 1 + _SLACK, num_eligible)
     groups = -(-num_eligible // _GROUP)
     row_bytes = 4 * max(groups * _GROUP, 2 * shortlist * dim)
     block_rows = min(num_words, max(1, block_bytes // row_bytes))
 
-    ids = torch.empty(num_words, k, dtype=torch.int64, device=vectors.device)
-    distances = torch.empty(num_words, k, dtype=torch.float32, device=vectors.device)
+    finite = [torch.isfinite(part).all() for part in embedding.split(block_rows)]
+    torch._assert_async(
+        torch.stack(finite).all(),
+        "self-KD: the output projection holds NaN or infinite values, so there are no distances "
+        "between words; training has diverged (try a lower learning rate, more warm-up or "
+        "gradient clipping)",
+    )
+
+    ids = torch.empty(num_words, k, dtype=torch.int64, device=device)
+    distances = torch.empty(num_words, k, dtype=torch.float32, device=device)
     # The last group is filled up with infinities, written once.
-    block = vectors.new_full((block_rows, groups * _GROUP), float("inf"))
+    block = columns.new_full((block_rows, groups * _GROUP), float("inf"))
     for start in range(0, num_words, block_rows):
-        rows = vectors[start : start + block_rows]
+        # Rows are widened and normalised here, so that no copy of the whole table is made.
+        rows = embedding_space(embedding[start : start + block_rows], similarity)
         approximate = block[: len(rows)]
         distances_to = approximate[:, :num_eligible]
         with _full_precision():
             torch.addmm(squared_norms, rows, columns.t(), alpha=-2, out=distances_to)
         approximate = _smallest(approximate, rows.square().sum(1, keepdim=True), shortlist)
         candidates = eligible[approximate]
-        exact = (rows.unsqueeze(1) - vectors[candidates]).square().sum(2)
-        row_ids = torch.arange(start, start + len(rows), device=vectors.device).unsqueeze(1)
+        exact = (rows.unsqueeze(1) - columns[approximate]).square_().sum(2)
+        row_ids = torch.arange(start, start + len(rows), device=device).unsqueeze(1)
         exact.masked_fill_(candidates == row_ids, float("inf"))
         nearest = _keys(exact, candidates).topk(k, largest=False).values
         ids[start : start + block_rows] = nearest & 0xFFFFFFFF

@@ -20,25 +20,35 @@ CANDIDATES = ("neighbors", "prediction", "both")
 
 
 class SoftTarget(NamedTuple):
-    """A distribution over words for every position, of which only the non-zero part is kept.
+    """A distribution over words for every position, of which only some words are kept.
 
     Attributes
     ----------
     ids : Tensor
-        int64, N x (1 + C). Column 0 is the target; the others are candidates. A place without a
-        candidate holds any id with weight 0.
+        int64, N x C, 0 to V - 1. A word may stand in several columns, which add up. A place
+        without a word holds any id with weight 0.
     weights : Tensor
-        float32, N x (1 + C), rows sum to 1. Column 0 is ``1 - m``, where m is the mass that the
-        target gives away.
+        Floating point, N x C, not negative, without gradient. Rows sum to at most 1; what is left
+        is shared by all V words alike.
+    share : Tensor, optional
+        N, 0 to 1: a factor on ``weight`` (alpha) at every position, 0 where there is nothing to
+        learn from. Default: 1 everywhere.
     """
 
     ids: Tensor
     weights: Tensor
+    share: Optional[Tensor] = None
 
     @property
-    def mass(self) -> Tensor:
-        """m, the probability given to words other than the target; float32, N."""
-        return self.weights[:, 1:].sum(1)
+    def rest(self) -> Tensor:
+        """What is left for all words alike; float32 or float64, N.
+
+        Less than 1e-5 is rounding, and counts as 0: then words that the model holds for impossible
+        do not make the loss infinite.
+        """
+        wide = torch.promote_types(self.weights.dtype, torch.float32)
+        rest = 1 - self.weights.sum(1, dtype=wide)
+        return rest.masked_fill(rest.abs() < 1e-5, 0)
 
 
 def automatic_sigma(
@@ -96,7 +106,7 @@ def soft_target(
     Returns
     -------
     SoftTarget
-        Without gradient.
+        N x (1 + C), without gradient, rows sum to 1. Column 0 is the target, with weight 1 - m.
 
     Examples
     --------
@@ -147,7 +157,7 @@ class SelfTeacher:
     >>> teacher = SelfTeacher(top_k=2, similarity="euclidean", sigma=1.0)
     >>> teacher.refresh(embedding)
     >>> teacher.soft_target(torch.tensor([0]))
-    SoftTarget(ids=tensor([[0, 1, 2]]), weights=tensor([[0.6138, 0.3679, 0.0183]]))
+    SoftTarget(ids=tensor([[0, 1, 2]]), weights=tensor([[0.6138, 0.3679, 0.0183]]), share=None)
     """
 
     def __init__(
@@ -198,15 +208,17 @@ class SelfTeacher:
             self._is_eligible = self._eligible_mask(embedding)
             if self.candidates == "prediction" and self.sigma is not None:
                 return
+        self._table = self._neighbors = None  # the old ones make room for the new ones
         neighbors = nearest_neighbors(embedding, self.top_k, self.eligible, self.similarity)
         if self.sigma is None:
             self._sigma = automatic_sigma(neighbors, self.eligible, self.sigma_scale)
-        self._neighbors = neighbors
         if self.candidates == "neighbors":
             # A target's neighbours do not depend on the position, so neither do its weights: they
             # are computed once for every word, and a batch only looks them up.
             words = torch.arange(len(embedding), device=embedding.device)
             self._table = self._share(words, *neighbors)
+        else:
+            self._neighbors = neighbors
 
     def soft_target(
         self,

@@ -6,6 +6,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 
 from fairseq_skd import (
     SelfTeacher,
+    SoftTarget,
     reference_loss,
     self_kd_cross_entropy,
     self_kd_linear_cross_entropy,
@@ -26,8 +27,8 @@ class World:
         generator = torch.Generator().manual_seed(positions + words)
         self.features = torch.randn(positions, dim, generator=generator).to(dtype)
         self.embedding = torch.randn(words, dim, generator=generator).to(dtype)
-        self.target = torch.randint(words, (positions,), generator=generator)
-        self.target[::5] = PAD
+        self.target = torch.randint(2, words, (positions,), generator=generator)
+        self.target[3::5] = PAD
         self.features.requires_grad_()
         self.embedding.requires_grad_()
         self.teacher = SelfTeacher(candidates, k, eligible=torch.arange(2, words))
@@ -63,7 +64,7 @@ def assert_close(ours, expected, tolerance):
     assert error <= tolerance * scale, f"{error} > {tolerance} * {scale}"
 
 
-SHAPES = [(1, 7, 1), (13, 60, 8), (64, 33, 5), (40, 501, 16)]
+SHAPES = [(1, 7, 1), (13, 60, 8), (64, 33, 5), (40, 501, 16)]  # of positions, words, dimensions
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,13 +81,13 @@ def test_closed_form_on_logits(shape, dtype, candidates, label_smoothing, weight
             logits, world.target, soft, label_smoothing, weight, PAD, overwrite_logits=overwrite
         )
         assert ours.loss.dtype == torch.promote_types(dtype, torch.float32)
-        for mine, theirs in zip(ours, expected):
+        for mine, theirs in zip(ours[:4], expected[:4]):
             assert_close(mine, theirs, 1e-5)
         for mine, theirs in zip(world.gradients(ours.loss.sum()), expected_gradients):
             assert_close(mine, theirs, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("candidates", CANDIDATES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("label_smoothing", "weight"), [(0.1, 0.3), (0.0, 1.0), (0.2, 0.0)])
@@ -107,12 +108,12 @@ def test_projection_and_loss_together(shape, dtype, candidates, label_smoothing,
             count_correct=True,
             block_bytes=block_bytes,
         )
-        assert_close(ours.loss, expected.loss.sum(), 1e-3 if dtype == torch.bfloat16 else 1e-5)
+        assert_close(ours.loss, expected.loss.sum(), 1e-5 if dtype in DTYPES[:2] else 1e-3)
         assert_close(ours.nll_loss, expected.nll_loss.sum(), 1e-5)
         assert ours.correct == (kept & logits.argmax(1).eq(world.target)).sum()
         if weight > 0:
             assert_close(ours.self_kd_loss, expected.self_kd_loss.sum(), 1e-5)
-            assert_close(ours.mass, (kept * world.soft_target(logits).mass).sum(), 1e-5)
+            assert_close(ours.mass, (kept * (1 - world.soft_target(logits).weights[:, 0])).sum(), 1e-5)
         for mine, theirs in zip(world.gradients(ours.loss), expected_gradients):
             assert_close(mine, theirs, TOLERANCE[dtype])
 
@@ -251,10 +252,19 @@ def test_what_is_missing_or_unsupported_is_said():
     world = World(10, 20, 4)
     with pytest.raises(ValueError, match="no soft target"):
         self_kd_cross_entropy(world.logits(), world.target, weight=0.5)
-    with pytest.raises(ValueError, match="no teacher"):
+    with pytest.raises(ValueError, match="no soft target"):
         self_kd_linear_cross_entropy(world.features, world.embedding, world.target, weight=0.5)
-    with pytest.raises(ValueError, match="float16"):
-        self_kd_linear_cross_entropy(world.features.half(), world.embedding.half(), world.target)
+    with pytest.raises(ValueError, match="both must be the same"):
+        self_kd_linear_cross_entropy(world.features.half(), world.embedding, world.target)
+    with pytest.raises(ValueError, match="reduction is 'mean'; allowed: sum, none"):
+        self_kd_linear_cross_entropy(
+            world.features, world.embedding, world.target, reduction="mean"
+        )
+    with pytest.raises(ValueError, match=r"target has shape \(9,\); \(10,\) is needed"):
+        self_kd_cross_entropy(world.logits(), world.target[:9])
+    soft = SoftTarget(torch.zeros(10, 2, dtype=torch.long), torch.zeros(10, 3))
+    with pytest.raises(ValueError, match=r"soft_target.weights has shape \(10, 3\); \(10, 2\)"):
+        self_kd_linear_cross_entropy(world.features, world.embedding, world.target, soft)
 
 
 @pytest.mark.parametrize("candidates", CANDIDATES)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Multi30k English-German, task 1: get the text, tokenise, cut into subwords, binarise.
 #
-#   prepare.sh [--raw DIR] [--out DIR] [--workers N] [--merges N] [--smoke]
+#   prepare.sh [--raw DIR] [--out DIR] [--workers N] [--merges N] [--pairs N] [--smoke]
 #
 #   --raw DIR    take train.en.gz, train.de.gz, ... from this folder, and download nothing
 #   --out DIR    where everything goes (default: runs/multi30k)
 #   --workers N  processes (default: all cores)
 #   --merges N   size of the joint BPE (default: 10000), which goes with its own --out
+#   --pairs N    only the first N pairs to train on (default: all 29000); with its own --out too
 #   --smoke      the beginning of each file, to try the recipe (DIR-smoke)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
@@ -44,8 +45,9 @@ text() {  # FOLDER: one sentence a line, as it was written
                 *) file=$part ;;
             esac
             # Few to translate: a model of a smoke test never ends a sentence by itself.
-            [ $part = train ] && lines=200 || lines=20
-            gzip -dc "$RAW/$file.$language.gz" | plain_lines | slice $lines > "$1/$part.$language" ||
+            [ $part = train ] && lines=200 last=${PAIRS:-$} || lines=20 last=$
+            gzip -dc "$RAW/$file.$language.gz" | plain_lines | sed -n "1,${last}p" | slice $lines \
+                > "$1/$part.$language" ||
                 stop "$RAW/$file.$language.gz cannot be unpacked: it is cut off, or no gzip file"
         done
     done
@@ -63,8 +65,9 @@ tokens() {  # FOLDER: tokenised and lower-cased, as in the work that this recipe
     done
 }
 
-OFFERED="--merges"
+OFFERED="--merges --pairs"
 prepare_options "$@"
+[[ ${PAIRS:-1} =~ ^[1-9][0-9]*$ ]] || stop "--pairs is $PAIRS; allowed: 1 or more"
 need python gzip sacremoses subword-nmt fairseq-preprocess
 need_space 1
 [ -n "$MERGES" ] || { [ -n "$SMOKE" ] && MERGES=200 || MERGES=10000; }

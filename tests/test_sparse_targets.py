@@ -1,0 +1,366 @@
+"""Soft targets from anywhere, losses a position, top words, padding, precision: against the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+
+from fairseq_skd import (
+    SelfTeacher,
+    SoftTarget,
+    reference_loss,
+    self_kd_cross_entropy,
+    self_kd_linear_cross_entropy,
+)
+
+# Sizes of 1 are where some versions of torch index wrongly.
+SHAPES = [(1, 40, 3, 1), (1, 40, 3, 4), (9, 40, 3, 1), (9, 33, 4, 5), (50, 97, 8, 4), (3, 2, 1, 1)]
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+DTYPES = list(TOLERANCE)
+SETTINGS = [(0.1, 0.4), (0.0, 1.0), (0.2, 0.0), (0.0, 0.5)]
+
+
+def inputs(positions, words, dim, width, dtype=torch.float32, complete=False, share=True):
+    """Features, a projection, targets of which some are ignored, a soft target and weights."""
+    generator = torch.Generator().manual_seed(positions * words + width)
+    features = torch.randn(positions, dim, generator=generator).to(dtype).requires_grad_()
+    embedding = torch.randn(words, dim, generator=generator).to(dtype).requires_grad_()
+    target = torch.randint(words, (positions,), generator=generator)
+    target[4::5] = -100
+    ids = torch.randint(words, (positions, width), generator=generator)  # also twice, or the target
+    weights = torch.rand(positions, width, generator=generator)
+    weights /= weights.sum(1, keepdim=True) * (1 if complete else 1.5)
+    shares = torch.rand(positions, generator=generator) if share else None
+    soft = SoftTarget(ids, weights, shares)
+    factors = torch.rand(positions, generator=generator) * 3 - 0.5
+    return features, embedding, target, soft, factors
+
+
+def assert_close(ours, expected, tolerance):
+    scale = expected.abs().max().clamp(min=1e-3).item() if expected.numel() else 1.0
+    error = (ours.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+    assert error <= tolerance * scale, f"{error} > {tolerance} * {scale}"
+
+
+def by_reference(features, embedding, target, soft, smoothing, weight, factors, upstream=None):
+    logits = F.linear(features, embedding)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    lprobs = logits.to(wide).log_softmax(1)
+    losses = reference_loss(lprobs, target, soft, smoothing, weight, -100, factors)
+    total = (losses.loss * (1 if upstream is None else upstream)).sum()
+    return losses, lprobs.detach(), torch.autograd.grad(total, [features, embedding])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("smoothing", "weight"), SETTINGS)
+def test_any_sparse_target(shape, dtype, smoothing, weight):
+    features, embedding, target, soft, factors = inputs(*shape, dtype)
+    arguments = features, embedding, target, soft, smoothing, weight
+    expected, lprobs, gradients = by_reference(*arguments, factors)
+    loose = 1e-5 if dtype in DTYPES[:2] else 1e-3
+    k, kept = min(3, shape[1]), target != -100
+    for block_bytes in (1, 4 * shape[1] * 4, None):
+        for reduction in ("sum", "none"):
+            ours = self_kd_linear_cross_entropy(
+                *arguments,
+                position_weights=factors,
+                reduction=reduction,
+                count_correct=True,
+                top_k=k,
+                block_bytes=block_bytes,
+            )
+            pairs = list(zip(ours, expected))[: 4 if weight else 2]
+            for mine, theirs in pairs:
+                assert_close(mine, theirs if reduction == "none" else theirs.sum(), loose)
+            correct = lprobs.argmax(1).eq(target).to(ours.loss)
+            assert ours.correct.equal(correct if reduction == "none" else correct.sum())
+            top, found = lprobs.topk(k, 1).values[kept], lprobs.gather(1, ours.top.ids)[kept]
+            assert_close(ours.top.lprobs[kept], top, loose)
+            assert_close(found, top, loose)
+            for mine, theirs in zip(
+                torch.autograd.grad(ours.loss.sum(), [features, embedding]), gradients
+            ):
+                assert_close(mine, theirs, TOLERANCE[dtype])
+    logits = F.linear(features, embedding)
+    closed = self_kd_cross_entropy(
+        logits, target, soft, smoothing, weight, position_weights=factors, top_k=k
+    )
+    for mine, theirs in zip(closed[:4], expected[:4]):
+        assert_close(mine, theirs, 1e-5)
+    assert_close(closed.top.lprobs, lprobs.topk(k, 1).values, 1e-5)
+    for mine, theirs in zip(
+        torch.autograd.grad(closed.loss.sum(), [features, embedding]), gradients
+    ):
+        assert_close(mine, theirs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_it_is_the_cross_entropy_to_the_dense_target(complete):
+    """The definition in another form: PyTorch's cross-entropy with probabilities."""
+    features, embedding, target, soft, _ = inputs(
+        8, 30, 4, 5, torch.float64, complete=complete, share=False
+    )
+    target = target.clamp(min=0)
+    alpha, epsilon, words = 0.3, 0.2, 30
+    dense = torch.zeros(8, words, dtype=torch.float64)
+    for row in range(8):
+        left = 1 - soft.weights[row].double().sum()
+        dense[row] += alpha * left / words
+        for word, share in zip(soft.ids[row], soft.weights[row]):
+            dense[row, word] += alpha * share.double()
+        dense[row] += (1 - alpha) * epsilon / (words - 1)
+        dense[row, target[row]] += (1 - alpha) * (1 - epsilon - epsilon / (words - 1))
+    expected = F.cross_entropy(features @ embedding.t(), dense, reduction="none")
+    for reduction in ("sum", "none"):
+        ours = self_kd_linear_cross_entropy(
+            features, embedding, target, soft, epsilon, alpha, reduction=reduction
+        )
+        total = expected if reduction == "none" else expected.sum()
+        assert torch.allclose(ours.loss, total, rtol=1e-6)
+    lprobs = (features @ embedding.t()).log_softmax(1)
+    assert torch.allclose(
+        reference_loss(lprobs, target, soft, epsilon, alpha).loss, expected, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("candidates", ["neighbors", "both"])
+def test_losses_of_positions_take_any_gradient_and_twice(dtype, candidates):
+    features, embedding, target, _, factors = inputs(12, 60, 5, 2, dtype)
+    teacher = SelfTeacher(candidates, 3)
+    teacher.refresh(embedding)
+    upstream = torch.linspace(-1, 2, 12)
+    with torch.no_grad():
+        prediction = F.linear(features, embedding).argmax(1)
+    soft = teacher.soft_target(target, prediction, embedding)
+    expected, _, gradients = by_reference(
+        features, embedding, target, soft, 0.1, 0.5, factors, upstream
+    )
+    ours = self_kd_linear_cross_entropy(
+        features,
+        embedding,
+        target,
+        teacher,
+        0.1,
+        0.5,
+        position_weights=factors,
+        reduction="none",
+        block_bytes=4 * 60 * 5,
+    )
+    assert_close(ours.loss, expected.loss, 1e-5 if dtype in DTYPES[:2] else 3e-3)
+    teacher.refresh(torch.randn(60, 5))  # what was learnt from stays what it was
+    for _ in range(2):
+        found = torch.autograd.grad(
+            ours.loss, [features, embedding], upstream.to(ours.loss), retain_graph=True
+        )
+        for mine, theirs in zip(found, gradients):
+            assert mine.dtype == dtype
+            assert_close(mine, theirs, TOLERANCE[dtype])
+
+
+def test_a_teacher_is_taken_with_logits_too():
+    features, embedding, target, _, _ = inputs(12, 60, 5, 2)
+    logits = features @ embedding.t()
+    for candidates in ("neighbors", "prediction", "both"):
+        teacher = SelfTeacher(candidates, 3)
+        teacher.refresh(embedding)
+        ours = self_kd_cross_entropy(logits, target, teacher, 0.1, 0.5, embedding=embedding)
+        soft = teacher.soft_target(target, logits.argmax(1), embedding)
+        expected = reference_loss(logits.log_softmax(1), target, soft, 0.1, 0.5)
+        for mine, theirs in zip(ours[:4], expected[:4]):
+            assert_close(mine, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf")])
+def test_ignored_positions_count_nothing_whatever_they_hold(hidden):
+    features, embedding, target, soft, factors = inputs(10, 30, 4, 3)
+    ignored = target == -100
+    assert ignored.any()
+    clean = by_reference(features, embedding, target, soft, 0.1, 0.5, factors)
+    with torch.no_grad():
+        features[ignored] = hidden
+    for reduction in ("sum", "none"):
+        ours = self_kd_linear_cross_entropy(
+            *(features, embedding, target, soft, 0.1, 0.5),
+            position_weights=factors,
+            reduction=reduction,
+        )
+        assert_close(ours.loss.sum(), clean[0].loss.sum(), 1e-5)
+        for mine, theirs in zip(
+            torch.autograd.grad(ours.loss.sum(), [features, embedding]), clean[2]
+        ):
+            assert_close(mine, theirs, 3e-6)
+    logits = (features @ embedding.t()).detach().requires_grad_()
+    assert logits.isnan().any()
+    reference = reference_loss(logits.log_softmax(1), target, soft, 0.1, 0.5, -100, factors)
+    assert_close(reference.loss, clean[0].loss, 1e-5)
+    closed = self_kd_cross_entropy(
+        logits, target, soft, 0.1, 0.5, position_weights=factors, overwrite_logits=True
+    )
+    assert not closed.loss[ignored].any()
+    assert_close(closed.loss, clean[0].loss, 1e-5)
+    gradient = torch.autograd.grad(closed.loss.sum(), logits)[0]
+    assert not gradient[ignored].any()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_impossible_words_do_not_matter_if_they_get_no_weight(weight):
+    """A logit of minus infinity: finite, and as precise as without the word."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 20, generator=generator)
+    logits[:, 7] = float("-inf")
+    target = torch.tensor([0, 1, 2, 3, 4, 5])
+    ids = torch.tensor([[8, 9, 7]]).expand(6, -1)
+    soft = SoftTarget(ids, torch.tensor([[0.25, 0.75, 0.0]]).expand(6, -1))
+    expected = reference_loss(logits.double().log_softmax(1), target, soft, 0.0, weight)
+    assert expected.loss.isfinite().all()
+    logits.requires_grad_()
+    for ours in (
+        self_kd_cross_entropy(logits, target, soft, 0.0, weight),
+        reference_loss(logits.log_softmax(1), target, soft, 0.0, weight),
+    ):
+        assert_close(ours.loss, expected.loss, 1e-6)
+        assert_close(ours.self_kd_loss, expected.self_kd_loss, 1e-6)
+        assert torch.autograd.grad(ours.loss.sum(), logits)[0].isfinite().all()
+    # Label smoothing gives every word weight, and then the loss is infinite, as PyTorch's.
+    assert self_kd_cross_entropy(logits, target, soft, 0.1, weight).loss.isinf().all()
+    assert F.cross_entropy(logits, target, label_smoothing=0.1).isinf()
+
+
+@pytest.mark.parametrize("bad", [-1, -5, 30, 10**6])
+def test_a_target_that_is_no_word_is_an_error(bad):
+    features, embedding, target, _, _ = inputs(10, 30, 4, 3)
+    target[2] = bad
+    with pytest.raises(RuntimeError, match=r"target is out of bounds; allowed: 0 to 29, .* -100"):
+        self_kd_linear_cross_entropy(features, embedding, target)
+    with pytest.raises(RuntimeError, match="target is out of bounds"):
+        self_kd_cross_entropy(features @ embedding.t(), target)
+
+
+def test_minus_100_is_ignored_by_default_also_with_a_soft_target():
+    features, embedding, target, soft, _ = inputs(10, 30, 4, 3)
+    logits = features @ embedding.t()
+    expected = F.cross_entropy(logits, target, reduction="sum")
+    assert_close(self_kd_linear_cross_entropy(features, embedding, target).loss, expected, 1e-6)
+    assert_close(self_kd_cross_entropy(logits, target).loss.sum(), expected, 1e-6)
+    with_soft = self_kd_cross_entropy(logits, target, soft, 0.0, 0.5).loss
+    assert not with_soft[target == -100].any()
+
+
+def test_without_gradients_there_is_one_product(monkeypatch):
+    features, embedding, target, soft, _ = inputs(10, 30, 4, 3)
+    expected = self_kd_linear_cross_entropy(features, embedding, target, soft, 0.1, 0.5)
+    products = []
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a) or original(*a, **k))
+    for reduction in ("sum", "none"):
+        products.clear()
+        with torch.no_grad():
+            ours = self_kd_linear_cross_entropy(
+                features, embedding, target, soft, 0.1, 0.5, reduction=reduction
+            )
+        assert len(products) == 1
+        assert ours.loss.grad_fn is None
+        assert_close(ours.loss.sum(), expected.loss, 1e-6)
+    # Only what is trained gets a gradient.
+    frozen = embedding.detach()
+    ours = self_kd_linear_cross_entropy(features, frozen, target, soft, 0.1, 0.5)
+    assert_close(
+        torch.autograd.grad(ours.loss, features)[0],
+        torch.autograd.grad(expected.loss, features)[0],
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_autocast_computes_products_in_its_own_type(reduction):
+    features, embedding, target, soft, factors = inputs(20, 50, 8, 3)
+    arguments = target, soft, 0.1, 0.5, -100, factors, reduction
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = self_kd_linear_cross_entropy(features, embedding, *arguments)
+    gradients = torch.autograd.grad(ours.loss.sum(), [features, embedding])
+    low = [x.detach().bfloat16().requires_grad_() for x in (features, embedding)]
+    expected = self_kd_linear_cross_entropy(*low, *arguments)
+    assert_close(ours.loss, expected.loss, 1e-5)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected.loss.sum(), low)):
+        assert mine.dtype == torch.float32
+        assert_close(mine, theirs, 1e-2)
+
+
+def half_precision_errors(dtype, words, confidence, loss_scale, reduction):
+    """Largest errors of gradients: ours and fairseq's, both against float64, per gradient."""
+    generator = torch.Generator().manual_seed(words)
+    positions, dim = 24, 32
+    embedding = (torch.randn(words, dim, generator=generator) / dim**0.5).to(dtype)
+    target = torch.randint(words, (positions,), generator=generator)
+    features = torch.randn(positions, dim, generator=generator)
+    # Confident: features along the target's vector, so that its logit leads by far.
+    features = (features + confidence * embedding.float()[target]).to(dtype)
+
+    def gradients(loss_of, to):
+        leaves = [x.to(to).requires_grad_() for x in (features, embedding)]
+        (loss_of(*leaves) * loss_scale).backward()
+        return [leaf.grad.double() / loss_scale for leaf in leaves]
+
+    def fairseqs(x, w):
+        logits = F.linear(x, w)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return label_smoothed_nll_loss(F.log_softmax(logits, 1, dtype=wide), target, 0.1)[0]
+
+    def ours(x, w):
+        return self_kd_linear_cross_entropy(
+            x, w, target, None, 0.1, reduction=reduction, block_bytes=4 * words * 16
+        ).loss.sum()
+
+    exact = gradients(fairseqs, torch.float64)
+    found = []
+    for g_ours, g_theirs, g in zip(gradients(ours, dtype), gradients(fairseqs, dtype), exact):
+        found.append(((g_ours - g).norm().item(), (g_theirs - g).norm().item()))
+    return found
+
+
+@pytest.mark.parametrize("words", [50, 5_000, 100_000])
+@pytest.mark.parametrize("confidence", [0.0, 12.0])
+@pytest.mark.parametrize("loss_scale", [1, 128, 65_536])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_exact_as_fairseqs_loss(words, confidence, loss_scale, dtype):
+    if loss_scale == 65_536 and dtype == torch.float16:
+        loss_scale = 1_024  # sums over positions and words leave its range, in fairseq's loss too
+    for reduction in ("sum", "none"):
+        for ours, fairseqs in half_precision_errors(
+            dtype, words, confidence, loss_scale, reduction
+        ):
+            assert ours <= fairseqs * 1.01, reduction
+
+
+def test_what_float16_cannot_hold_becomes_infinite():
+    """A loss scaler then skips the update; it must not see a wrong finite number."""
+    features, embedding, target, soft, _ = inputs(30, 40, 4, 3, torch.float16)
+    for reduction in ("sum", "none"):
+        loss = self_kd_linear_cross_entropy(
+            features, embedding, target, soft, 0.1, 0.5, reduction=reduction
+        ).loss
+        for scale, overflows in ((2.0**8, False), (2.0**30, True)):
+            gradient = torch.autograd.grad(loss.sum() * scale, embedding, retain_graph=not overflows)
+            assert gradient[0].isinf().any() == overflows
+            assert not gradient[0].isnan().any()
+            if reduction == "sum" and not overflows:
+                loss = self_kd_linear_cross_entropy(
+                    features, embedding, target, soft, 0.1, 0.5
+                ).loss
+
+
+def test_float16_keeps_positions_with_very_different_weights():
+    features, embedding, target, soft, _ = inputs(8, 40, 4, 3, torch.float16)
+    factors = torch.tensor([1e-6, 3e4, 1.0, 0.0, 5.0, 1e-3, 2.0, 100.0])
+    _, _, expected = by_reference(
+        *(features.detach().double().requires_grad_(), embedding.detach().double().requires_grad_()),
+        *(target, soft, 0.1, 0.5, factors.double()),
+    )
+    loss = self_kd_linear_cross_entropy(
+        features, embedding, target, soft, 0.1, 0.5, position_weights=factors
+    ).loss
+    for mine, theirs in zip(torch.autograd.grad(loss * 2.0**-4, [features, embedding]), expected):
+        assert_close(mine.double() * 2**4, theirs, 3e-3)
