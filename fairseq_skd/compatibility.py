@@ -5,17 +5,33 @@ Tried with ve-fairseq 0.12.3 (torch 2.13) and fairseq 0.12.2 (torch 2.5).
 
 import argparse
 import functools
+import hashlib
+import re
 from typing import Any, Iterator, List, Optional
 
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import LanguagePairDataset
+from fairseq.data import Dictionary, LanguagePairDataset, MonolingualDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.models import BaseFairseqModel
+from fairseq.trainer import Trainer
 from torch.torch_version import TorchVersion
 
-__all__ = ["allow_fairseqs_checkpoints", "num_updates", "target_side_words", "unwrap"]
+from fairseq_skd.past import TextLayout
+
+__all__ = [
+    "allow_fairseqs_checkpoints",
+    "ordinary_words",
+    "remember_words_from_files",
+    "target_side_words",
+    "tell_criteria_of_updates",
+    "text_layout",
+    "unwrap",
+    "wait_for_other_workers",
+]
+
+_FILLER = re.compile(r"madeupword\d{4,}")
 
 
 def allow_fairseqs_checkpoints() -> None:
@@ -39,30 +55,66 @@ def allow_fairseqs_checkpoints() -> None:
         torch.serialization.add_safe_globals(named)
 
 
-def remember_num_updates() -> None:
-    """Make every fairseq model keep the update number that its task tells it.
+def tell_criteria_of_updates() -> None:
+    """Make fairseq's trainer tell a criterion of ours that an update begins.
 
-    A task calls ``model.set_num_updates(n)`` before each forward pass, but a criterion is told
-    nothing, and counting its own calls would be wrong under ``--update-freq``, after a resume and
-    for dummy batches. A listener inside the model would come too late for the first update of a
-    resumed run: the criterion first sees the model after that call. Unnecessary once fairseq
-    passes the update number to criteria.
+    A criterion is told nothing, and counting its own calls would be wrong under ``--update-freq``,
+    after a resume and for dummy batches. Most tasks call ``model.set_num_updates``, some never do
+    (``multilingual_translation``, ``semisupervised_translation``), so the trainer's own count is
+    the one to follow. Unnecessary once fairseq passes the update number to criteria.
     """
-    original = BaseFairseqModel.set_num_updates
+    original = Trainer.train_step
+    if hasattr(original, "tells_criteria"):  # wrapped already, and so by fairseq itself
+        return
+
+    @functools.wraps(original)
+    def train_step(self: Trainer, samples: List[Any], *args: Any, **kwargs: Any) -> Any:
+        criterion = self.get_criterion()
+        if hasattr(criterion, "begin_update"):
+            criterion.begin_update(self.get_num_updates(), samples, self.cfg.checkpoint.save_dir)
+        return original(self, samples, *args, **kwargs)
+
+    train_step.tells_criteria = True  # type: ignore[attr-defined]
+    Trainer.train_step = train_step
+
+
+def remember_words_from_files() -> None:
+    """Make fairseq's dictionaries remember how many of their words came from a file.
+
+    What a task adds afterwards are symbols of its own: language tags, masks. Unnecessary once a
+    Dictionary tells them from words.
+    """
+    original = Dictionary.add_from_file
     if hasattr(original, "__wrapped__"):
         return
 
     @functools.wraps(original)
-    def set_num_updates(self: BaseFairseqModel, num_updates: int) -> None:
-        self.self_kd_num_updates = num_updates
-        original(self, num_updates)
+    def add_from_file(self: Dictionary, f: Any) -> None:
+        original(self, f)
+        self.self_kd_words_end = len(self)
 
-    BaseFairseqModel.set_num_updates = set_num_updates
+    Dictionary.add_from_file = add_from_file
 
 
-def num_updates(model: Any) -> Optional[int]:
-    """Return the number of updates done, as last told to the model; None if it never was."""
-    return getattr(unwrap(model), "self_kd_num_updates", None)
+def ordinary_words(dictionary: Any) -> np.ndarray:
+    """Return the ids of a fairseq dictionary that are words of the text, ascending, int64.
+
+    All but padding, beginning and end of sentence, unknown, the special symbols with which the
+    dictionary was made, those that a task added after it was read (language tags, ``<mask>``), and
+    the ``madeupword`` fillers, with a count of 0, that fairseq-preprocess adds.
+    """
+    special = {dictionary.pad(), dictionary.bos(), dictionary.eos(), dictionary.unk()}
+    begin = getattr(dictionary, "nspecial", 0)
+    end = getattr(dictionary, "self_kd_words_end", len(dictionary))
+    return np.array(
+        [
+            i
+            for i in range(begin, end)
+            if i not in special
+            and not (dictionary.count[i] == 0 and _FILLER.fullmatch(dictionary.symbols[i]))
+        ],
+        dtype=np.int64,
+    )
 
 
 def unwrap(model: Any) -> Any:
@@ -112,3 +164,45 @@ def _indexed_files(dataset: Any) -> Iterator[Optional[MMapIndexedDataset]]:
         yield from _indexed_files(dataset.dataset)
     else:
         yield None
+
+
+def text_layout(task: Any) -> TextLayout:
+    """Return the lengths of the training text that is loaded, and a fingerprint of it.
+
+    Raises
+    ------
+    ValueError
+        If a sentence has no place of its own: another kind of data set, or one in shards, of which
+        every epoch has another.
+    """
+    dataset = getattr(task, "datasets", {}).get("train")
+    data = getattr(getattr(task, "cfg", None), "data", None) or ""
+    reason = None
+    if isinstance(dataset, LanguagePairDataset):
+        lengths, text, dictionary = dataset.tgt_sizes, dataset.tgt, dataset.tgt_dict
+        if dataset.left_pad_target:
+            reason = "--left-pad-target is on, and it must be off"
+    elif isinstance(dataset, MonolingualDataset):
+        lengths, text, dictionary = dataset.sizes, dataset.dataset, dataset.tgt_vocab
+    else:
+        reason = f"the training data is a {type(dataset).__name__}"
+    if reason is None and len(utils.split_paths(data)) != 1:
+        reason = "the training data is in shards, so that every epoch has another text"
+    if reason is not None:
+        raise ValueError(
+            f"--self-kd-candidates is past; allowed: neighbors, prediction, both, since {reason}. "
+            "`past` needs pairs of sentences or blocks of one text, in one piece"
+        )
+    digest = hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
+    digest.update("\n".join(dictionary.symbols).encode())
+    for index in np.linspace(0, len(lengths) - 1, min(len(lengths), 1000), dtype=np.int64):
+        part = text[int(index)]
+        part = part[1] if isinstance(part, tuple) else part
+        digest.update(part.numpy().tobytes())
+    return TextLayout(np.asarray(lengths, dtype=np.int64), digest.hexdigest())
+
+
+def wait_for_other_workers() -> None:
+    """Wait until every process of a distributed run is here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,12 +1,16 @@
 """The fairseq criterion: label-smoothed cross-entropy with self-knowledge distillation."""
 
+import atexit
 import logging
 import math
+from collections import deque
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Deque, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fairseq import metrics
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -18,19 +22,26 @@ from torch import Tensor
 
 from fairseq_skd import compatibility
 from fairseq_skd.linear_loss import self_kd_linear_cross_entropy
-from fairseq_skd.loss import ends_in_product, reference_loss, self_kd_cross_entropy
+from fairseq_skd.loss import TopWords, ends_in_product, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import SIMILARITIES
-from fairseq_skd.options import SelfKDOptions, parse_sigma
-from fairseq_skd.output_projection import OutputProjection, find_output_projection
+from fairseq_skd.options import TEACHERS, SelfKDOptions, parse_sigma
+from fairseq_skd.output_projection import (
+    OutputProjection,
+    UnsupportedModelError,
+    find_output_projection,
+)
+from fairseq_skd.past import PastPredictions
 from fairseq_skd.schedule import self_kd_weight as weight_at
-from fairseq_skd.soft_targets import CANDIDATES, SelfTeacher
+from fairseq_skd.self_check import check_linear_loss, check_loss, soft_target_of
+from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
-__all__ = ["SelfKDCriterion", "SelfKDCriterionConfig", "eligible_words"]
+__all__ = ["SelfKDCriterion", "SelfKDCriterionConfig"]
 
 logger = logging.getLogger(__name__)
 
 compatibility.allow_fairseqs_checkpoints()
-compatibility.remember_num_updates()
+compatibility.tell_criteria_of_updates()
+compatibility.remember_words_from_files()
 
 
 @dataclass
@@ -49,16 +60,17 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default=SelfKDOptions.ramp_updates,
         metadata={"help": "updates in which alpha grows from 0 to its final value"},
     )
-    self_kd_candidates: ChoiceEnum(CANDIDATES) = field(  # type: ignore[valid-type]
+    self_kd_candidates: ChoiceEnum(TEACHERS) = field(  # type: ignore[valid-type]
         default=SelfKDOptions.candidates,
         metadata={
             "help": "words that share the target's probability: its nearest neighbors in the "
-            "output projection, the model's prediction, or both"
+            "output projection, the model's prediction, both, or the words to which the model "
+            "gave most when it last saw the sentence (past)"
         },
     )
     self_kd_top_k: int = field(
         default=SelfKDOptions.top_k,
-        metadata={"help": "number of nearest neighbors (k)"},
+        metadata={"help": "number of nearest neighbors, or of words of the past (k)"},
     )
     self_kd_similarity: ChoiceEnum(SIMILARITIES) = field(  # type: ignore[valid-type]
         default=SelfKDOptions.similarity,
@@ -83,6 +95,22 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default=SelfKDOptions.refresh_interval,
         metadata={"help": "updates between two measurements of all neighbors"},
     )
+    self_kd_past_file: str = field(
+        default="auto",
+        metadata={
+            "help": "where the model's past predictions are kept, 6 k bytes a target token; auto "
+            "for self_kd_past.bin in --save-dir"
+        },
+    )
+
+
+class _Taught:
+    """A projection, its teacher, and for which interval of updates that was last refreshed."""
+
+    def __init__(self, owner: Any, teacher: SelfTeacher) -> None:
+        self.owner = owner  # kept alive, so that no other one gets its id
+        self.teacher = teacher
+        self.interval = -1
 
 
 @register_criterion("self_kd", dataclass=SelfKDCriterionConfig)
@@ -90,15 +118,19 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
 class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     """Label-smoothed cross-entropy, of which a growing share is self-distillation.
 
-    In evaluation mode it is exactly `LabelSmoothedCrossEntropyCriterion`. In training it computes
-    the same function of the same inputs in closed form while alpha is 0, and the loss of
-    `fairseq_skd.loss` after that. It has no parameters and no buffers, so that nothing of it is in
-    a checkpoint, and ``--fp16`` cannot round what it keeps.
+    In evaluation mode it is `LabelSmoothedCrossEntropyCriterion`, to float32 rounding, but makes no
+    logits of all positions. In training it computes the same function of the same inputs in closed
+    form while alpha is 0, and the loss of `fairseq_skd.loss` after that. It has no parameters and
+    no buffers, so that nothing of it is in a checkpoint, and ``--fp16`` cannot round what it keeps.
 
-    A resumed run equals the uninterrupted one bit by bit if the checkpoint was made at an update
-    that is a multiple of ``--self-kd-refresh-interval``, or before distillation had begun: then
-    both measure the neighbours from the same weights. Otherwise the resumed run measures them
-    anew where it resumes, and the other still has its older table.
+    fairseq's trainer tells it when an update begins (`begin_update`); another training loop has to
+    do that itself.
+
+    A resumed run equals the uninterrupted one bit by bit if fairseq resumes with the same batches
+    and: with neighbours, if the checkpoint was made at an update that is a multiple of
+    ``--self-kd-refresh-interval``, or before distillation had begun, since then both measure the
+    neighbours from the same weights; with `past`, if nothing was trained after the checkpoint that
+    the run is resumed from.
 
     Parameters
     ----------
@@ -125,13 +157,43 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         values = {f.name: getattr(cfg, f"self_kd_{f.name}") for f in fields(SelfKDOptions)}
         for choice in ("candidates", "similarity"):
             values[choice] = str(values[choice])  # fairseq's ChoiceEnum
-        self.options = SelfKDOptions(**{**values, "sigma": parse_sigma(values["sigma"])})
+        values["sigma"] = parse_sigma(values["sigma"])
+        values["past_file"] = None if values["past_file"] == "auto" else values["past_file"]
+        self.options = SelfKDOptions(**values)
         if getattr(task, "target_dictionary", None) is None:
             raise ValueError(f"self_kd needs a target dictionary; {type(task).__name__} has none")
-        self._check_top_k(len(eligible_words(task.target_dictionary)))
-        self._teacher: Optional[SelfTeacher] = None
-        self._table_of: Optional[Tuple[int, int]] = None
+        if getattr(task, "dicts", None) is None:  # one a language: which, the model will show
+            self._check_top_k(len(compatibility.ordinary_words(task.target_dictionary)))
+        self._taught: Dict[int, _Taught] = {}
+        self._past: Optional[PastPredictions] = None
+        self._checked: Set[Tuple[str, bool]] = set()
+        self._num_updates: Optional[int] = None
+        self._sentences: Deque[Optional[np.ndarray]] = deque()
+        self._save_dir: Optional[str] = None
         logger.info(self.options.signature())
+
+    def begin_update(
+        self, num_updates: int, samples: Sequence[Any] = (), save_dir: Optional[str] = None
+    ) -> None:
+        """Take note that an update begins. fairseq's trainer says so, by `compatibility`.
+
+        Parameters
+        ----------
+        num_updates : int
+            Parameter updates done so far: what the schedule follows.
+        samples : sequence of dict
+            The batches of this update as they are loaded, in the order of the forward passes; an
+            empty one stands for a dummy batch. For `past` they say which sentences these are
+            without waiting for a GPU.
+        save_dir : str, optional
+            The run's folder.
+        """
+        self._num_updates = num_updates
+        self._save_dir = save_dir
+        self._sentences = deque(
+            sample["id"].numpy() if isinstance(sample, dict) and "id" in sample else None
+            for sample in samples
+        )
 
     def forward(
         self, model: Any, sample: Dict[str, Any], reduce: bool = True
@@ -151,26 +213,40 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         ------
         UnsupportedModelError
             At the first batch, whatever the schedule, if the model cannot be trained with it.
+        LossCheckError
+            At the first batch, and at the first one that distils, if the loss is wrong here.
         RuntimeError
             If the output projection is no longer finite, or the update number is not known.
         """
         if not (self.training and model.training):
-            return super().forward(model, sample, reduce=reduce)
-        weight = self._weight(model)
+            return self._evaluate(model, sample, reduce)
+        weight = self._weight()
         projection = self._projection(model)
-        net_input = sample["net_input"]
-        if reduce and projection.features_suffice and _linear_loss_is_safe(projection.weight):
-            net_output = model(**net_input, features_only=True)
-            result = self._linear_loss(model, net_output, sample, weight, projection)
-        else:
-            net_output = model(**net_input)
+        together = reduce and projection.features_suffice
+        net_output = model(**sample["net_input"], **({"features_only": True} if together else {}))
+        if not together:
             projection = self._projection(model)  # weight normalisation has just remade it
-            result = self._loss(model, net_output, sample, weight, projection)
+        target = self._targets(model, net_output, sample)
+        sentences = self._which_sentences(sample)
+        source: Union[SoftTarget, SelfTeacher, None]
+        if self.options.candidates == "past":
+            source = self._past_of(weight, sentences, sample)
+            weight = 0.0 if source is None else weight  # a dummy batch, whose gradient is ignored
+        else:
+            source = self._teacher(weight, projection)
+        if together:
+            result, top = self._linear_loss(net_output, target, weight, projection, source)
+        else:
+            result, top = self._loss(model, net_output, target, weight, projection, source)
             if reduce:
                 result = {name: value.sum() for name, value in result.items()}
+        if top is not None and sentences is not None:
+            width = sample["target"].size(1)
+            skip = self.ignore_prefix_size
+            self._past_predictions().write(sentences, width, top, self._updates_done(), skip)
         loss = result.pop("loss")
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
-        positions = self._targets(model, net_output, sample).ne(self.padding_idx).sum()
+        positions = target.ne(self.padding_idx).sum()
         logging_output = {
             "loss": loss.data,
             "ntokens": sample["ntokens"],
@@ -184,125 +260,177 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             logging_output["total"] = positions
         return loss, sample_size, logging_output
 
+    def _evaluate(
+        self, model: Any, sample: Dict[str, Any], reduce: bool
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Compute label smoothing, without all logits where the model allows it."""
+        try:
+            projection = self._projection(model)
+        except UnsupportedModelError:  # it can be evaluated all the same
+            projection = None
+        if not reduce or projection is None or not projection.features_suffice:
+            return super().forward(model, sample, reduce=reduce)
+        net_output = model(**sample["net_input"], features_only=True)
+        target = self._targets(model, net_output, sample)
+        result, _ = self._linear_loss(net_output, target, 0.0, projection, None)
+        loss = result.pop("loss")
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+            **result,
+        }
+        if self.report_accuracy:
+            logging_output["total"] = target.ne(self.padding_idx).sum()
+        return loss, sample_size, logging_output
+
     def _linear_loss(
         self,
-        model: Any,
         net_output: Any,
-        sample: Dict[str, Any],
+        target: Tensor,
         weight: float,
         projection: OutputProjection,
-    ) -> Dict[str, Tensor]:
+        source: Union[SoftTarget, SelfTeacher, None],
+    ) -> Tuple[Dict[str, Tensor], Optional[TopWords]]:
         """Project and compute the loss together; sums."""
         features = net_output[0][:, self.ignore_prefix_size :]
+        features = features.reshape(-1, features.size(-1))
+        if self.training and self._first("linear", weight):
+            soft = source
+            if isinstance(soft, SelfTeacher):
+                scores = F.linear(features.detach(), projection.weight.detach())
+                soft = soft_target_of(soft, scores, target, projection.weight)
+            check_linear_loss(
+                *(features, projection.weight, target, soft, self.eps, weight, self.padding_idx)
+            )
         losses = self_kd_linear_cross_entropy(
-            features.reshape(-1, features.size(-1)),
+            features,
             projection.weight,
-            self._targets(model, net_output, sample),
-            self._taught(model, weight, projection),
+            target,
+            source,
             label_smoothing=self.eps,
             weight=weight,
             ignore_index=self.padding_idx,
             count_correct=self.report_accuracy,
+            top_k=self._recorded_words(),
         )
         result = {"loss": losses.loss, "nll_loss": losses.nll_loss}
         if losses.correct is not None:
             result["n_correct"] = losses.correct
         if weight > 0:
             result.update(self_kd_loss=losses.self_kd_loss, self_kd_mass=losses.mass)
-        return result
+        return result, losses.top
 
     def _loss(
         self,
         model: Any,
         net_output: Any,
-        sample: Dict[str, Any],
+        target: Tensor,
         weight: float,
         projection: OutputProjection,
-    ) -> Dict[str, Tensor]:
+        source: Union[SoftTarget, SelfTeacher, None],
+    ) -> Tuple[Dict[str, Tensor], Optional[TopWords]]:
         """Compute the loss from the model's logits, or its log-probabilities; N x 1 each."""
-        target = self._targets(model, net_output, sample)
         if projection.plain_softmax:
             scores = net_output[0]
         else:
             scores = model.get_normalized_probs(net_output, log_probs=True)
         scores = scores[:, self.ignore_prefix_size :].reshape(-1, scores.size(-1))
-        teacher = self._taught(model, weight, projection)
-        prediction = None
-        if self.report_accuracy or (teacher is not None and teacher.needs_prediction):
-            prediction = scores.argmax(1)
-        soft = None
-        if teacher is not None:
-            soft = teacher.soft_target(target, prediction, projection.weight)
-        arguments = (scores, target, soft, self.eps, weight, self.padding_idx)
+        if isinstance(source, SelfTeacher):
+            source = soft_target_of(source, scores.detach(), target, projection.weight)
+        settings = (target, source, self.eps, weight, self.padding_idx)
         if projection.plain_softmax:
-            losses = self_kd_cross_entropy(*arguments, overwrite_logits=ends_in_product(scores))
+            if self._first("logits", weight):
+                check_loss(scores, *settings)
+            losses = self_kd_cross_entropy(
+                scores,
+                *settings,
+                overwrite_logits=ends_in_product(scores),
+                top_k=self._recorded_words(),
+            )
+            top = losses.top
         else:
-            losses = reference_loss(*arguments)
+            losses = reference_loss(scores, *settings)
+            top = None
+            if self._recorded_words():
+                values, ids = scores.detach().topk(self._recorded_words(), 1)
+                top = TopWords(ids, values)
         result = {"loss": losses.loss, "nll_loss": losses.nll_loss.detach()}
-        kept = target.ne(self.padding_idx)
-        if prediction is not None and self.report_accuracy:
-            result["n_correct"] = kept & prediction.eq(target)
-        if soft is not None:
-            result.update(self_kd_loss=losses.self_kd_loss.detach(), self_kd_mass=kept * soft.mass)
-        return {name: value.unsqueeze(1) for name, value in result.items()}
+        if self.report_accuracy:
+            result["n_correct"] = target.ne(self.padding_idx) & scores.argmax(1).eq(target)
+        if weight > 0:
+            result["self_kd_loss"] = losses.self_kd_loss.detach()
+            result["self_kd_mass"] = losses.mass.detach()
+        return {name: value.unsqueeze(1) for name, value in result.items()}, top
 
     def _targets(self, model: Any, net_output: Any, sample: Dict[str, Any]) -> Tensor:
         target = model.get_targets(sample, net_output)
         return target[:, self.ignore_prefix_size :].reshape(-1)
 
-    def _weight(self, model: Any) -> float:
+    def _first(self, which: str, weight: float) -> bool:
+        """Whether a loss is computed for the first time, or distils for the first time."""
+        key = which, weight > 0
+        new = key not in self._checked
+        self._checked.add(key)
+        return new
+
+    def _updates_done(self) -> int:
+        return self._num_updates or 0
+
+    def _weight(self) -> float:
         options = self.options
         schedule = options.weight, options.start_update, options.ramp_updates
-        done = compatibility.num_updates(model)
-        if done is None:
+        if self._num_updates is None and weight_at(0, *schedule) != options.weight:
             # Without a schedule the number does not matter; with one, guessing it would train
             # another objective than the one that was asked for.
-            if weight_at(0, *schedule) != options.weight:
-                raise RuntimeError(
-                    f"self_kd does not know the update number: {type(self.task).__name__} has "
-                    "not called model.set_num_updates(update_num), as fairseq's tasks do at the "
-                    "start of train_step. Call it there, or use --self-kd-start-update 0 "
-                    "--self-kd-ramp-updates 0"
-                )
-            done = 0
-        return weight_at(done, *schedule)
+            raise RuntimeError(
+                "self_kd does not know the update number, since it is not trained by fairseq's "
+                "Trainer: call criterion.begin_update(num_updates) before each update, or use "
+                "--self-kd-start-update 0 --self-kd-ramp-updates 0"
+            )
+        return weight_at(self._updates_done(), *schedule)
 
     def _projection(self, model: Any) -> OutputProjection:
-        return find_output_projection(model, len(self.task.target_dictionary))
+        return find_output_projection(model, self.task.target_dictionary)
 
-    def _taught(
-        self, model: Any, weight: float, projection: OutputProjection
-    ) -> Optional[SelfTeacher]:
-        """Return the teacher, with neighbours as fresh as the update number asks for.
+    def _teacher(self, weight: float, projection: OutputProjection) -> Optional[SelfTeacher]:
+        """Return the projection's teacher, with neighbours as fresh as the update number asks for.
 
-        A table belongs to one model and one interval of update numbers, so all workers measure it
-        at the same update, and the passes of one update share it.
+        It is made at the first batch, so that settings that cannot work are refused then, and
+        refreshed when there is something to teach. A table belongs to a projection and an interval
+        of update numbers: all workers measure it at the same update, and the passes of one update
+        share it, also those of several models with one projection.
         """
+        if self.options.weight == 0:
+            return None
+        taught = self._taught.get(id(projection.owner))
+        if taught is None:
+            teacher = self._new_teacher(projection)
+            taught = self._taught[id(projection.owner)] = _Taught(projection.owner, teacher)
         if weight == 0:
             return None
-        if self._teacher is None:
-            self._teacher = self._new_teacher(projection.weight.device)
-        done = compatibility.num_updates(model) or 0
-        table_of = id(compatibility.unwrap(model)), done // self.options.refresh_interval
-        if table_of != self._table_of:
-            if self._table_of is None:
+        interval = self._updates_done() // self.options.refresh_interval
+        if interval != taught.interval:
+            if taught.interval < 0:
                 logger.info(
-                    f"self_kd: distillation has begun; at update {done} the neighbors of "
-                    f"{len(projection.weight)} words are measured for the first time"
+                    f"self_kd: distillation has begun; at update {self._updates_done()} the "
+                    f"neighbors of {len(projection.weight)} words are measured for the first time"
                 )
-            self._teacher.refresh(projection.weight)
-            self._table_of = table_of
-        return self._teacher
+            taught.teacher.refresh(projection.weight)
+            taught.interval = interval
+        return taught.teacher
 
-    def _new_teacher(self, device: torch.device) -> SelfTeacher:
-        options = self.options
-        eligible = eligible_words(self.task.target_dictionary)
+    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
+        options, dictionary = self.options, projection.dictionary
+        eligible = compatibility.ordinary_words(dictionary)
         on_target_side = compatibility.target_side_words(self.task)
         if on_target_side is not None:
             eligible = np.intersect1d(eligible, on_target_side)
-            self._check_top_k(len(eligible))
+        self._check_top_k(len(eligible))
         logger.info(
-            f"self_kd: {len(eligible)} of {len(self.task.target_dictionary)} words are eligible"
+            f"self_kd: {len(eligible)} of {len(dictionary)} words are eligible"
             + (
                 " (joined dictionary: those of the target side)"
                 if on_target_side is not None
@@ -316,7 +444,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             sigma=options.sigma,
             sigma_scale=options.sigma_scale,
             max_mass=options.max_mass,
-            eligible=torch.from_numpy(eligible).to(device),
+            eligible=torch.from_numpy(eligible).to(projection.weight.device),
         )
 
     def _check_top_k(self, num_eligible: int) -> None:
@@ -326,6 +454,48 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 f"{num_eligible} words of the target dictionary can be neighbors (special symbols "
                 "and words that never occur in the target language cannot)"
             )
+
+    def _recorded_words(self) -> int:
+        """How many words of every position are kept for the next time."""
+        records = self.training and self.options.candidates == "past" and self.options.weight > 0
+        return self.options.top_k if records else 0
+
+    def _which_sentences(self, sample: Dict[str, Any]) -> Optional[np.ndarray]:
+        """Return the indices of a batch's sentences, for `past`; None for a dummy batch."""
+        if not self._recorded_words():
+            return None
+        if self._sentences:
+            return self._sentences.popleft()
+        return sample["id"].cpu().numpy()  # waits for the device: a loop of one's own
+
+    def _past_of(
+        self, weight: float, sentences: Optional[np.ndarray], sample: Dict[str, Any]
+    ) -> Optional[SoftTarget]:
+        if weight == 0 or sentences is None:
+            return None
+        target = sample["target"]
+        skip = self.ignore_prefix_size
+        return self._past_predictions().read(sentences, target.size(1), skip, target.device)
+
+    def _past_predictions(self) -> PastPredictions:
+        """Open the file at the first batch: only then all processes are there, and the text."""
+        if self._past is None:
+            path = self.options.past_file
+            if path is None and self._save_dir is None:
+                raise RuntimeError(
+                    "self_kd does not know the folder of the run; pass --self-kd-past-file"
+                )
+            self._past = PastPredictions(
+                Path(path or Path(self._save_dir or "", "self_kd_past.bin")),
+                compatibility.text_layout(self.task),
+                self.options.top_k,
+                self._updates_done(),
+                lambda line: logger.info(f"self_kd: {line}"),
+            )
+            atexit.register(self._past.flush)  # what is still being copied from a GPU
+            # None writes before all have dropped what is of no use.
+            compatibility.wait_for_other_workers()
+        return self._past
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
@@ -343,25 +513,3 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             loss = total("self_kd_loss") / ntokens / math.log(2)
             metrics.log_scalar("self_kd_loss", loss, ntokens, round=3)
             metrics.log_scalar("self_kd_mass", total("self_kd_mass") / ntokens, ntokens, round=4)
-
-
-def eligible_words(dictionary: Any) -> np.ndarray:
-    """Return the ids of a fairseq dictionary that may get probability, ascending, int64.
-
-    All but padding, beginning and end of sentence, unknown, and the ``madeupword`` symbols that
-    fairseq-preprocess adds to round the size up.
-    """
-    special = {dictionary.pad(), dictionary.bos(), dictionary.eos(), dictionary.unk()}
-    return np.array(
-        [
-            i
-            for i, symbol in enumerate(dictionary.symbols)
-            if i not in special and not symbol.startswith("madeupword")
-        ],
-        dtype=np.int64,
-    )
-
-
-def _linear_loss_is_safe(weight: Tensor) -> bool:
-    """Whether gradients may be computed before the loss scale is known, and in W's own dtype."""
-    return weight.dtype != torch.float16 and not torch.is_autocast_enabled()

@@ -35,13 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
-from fairseq_skd.loss import (
-    TopWords,
-    check_arguments,
-    distilled,
-    known_targets,
-    training_target,
-)
+from fairseq_skd.loss import TopWords, check_arguments, distilled, known_targets, training_target
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
 __all__ = ["LinearLosses", "self_kd_linear_cross_entropy"]
@@ -320,7 +314,7 @@ def _compute(
                 soft_block = teacher.soft_target(target, prediction, table)  # type: ignore[union-attr]
                 soft_blocks.append(soft_block)
             else:
-                soft_block = None if soft is None else _rows(soft, part)
+                soft_block = None if soft is None else soft.at(part)
             ids, weights, uniform = training_target(
                 target, soft_block, problem.label_smoothing, problem.weight, num_words, wide
             )
@@ -391,10 +385,6 @@ def _compute(
         return _Result(values, soft, grad_features, grad_embedding, factor, column)
 
 
-def _rows(soft: SoftTarget, part: slice) -> SoftTarget:
-    return SoftTarget(*(x if x is None else x[part] for x in soft))
-
-
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """Return a @ b, of whatever type they are, in float32 (float64 for float64).
 
@@ -462,9 +452,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tuple[Tensor, ...]:
         wide = torch.promote_types(features.dtype, torch.float32)
         factors = problem.factors(1.0, wide)
-        result = _compute(
-            features, embedding, problem, factors if any(wanted) else None, *wanted
-        )
+        result = _compute(features, embedding, problem, factors if any(wanted) else None, *wanted)
         loss, *others = result.values[:5]
         sums = [(loss * factors).sum(), *(x.sum() for x in others)]
         top = result.values[5:]

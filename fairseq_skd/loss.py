@@ -18,7 +18,7 @@ sparse ones, ``s_j = alpha q_j`` with ``(1 - alpha)(1 - eps - eps/(V-1))`` more 
 `self_kd_cross_entropy` is the second.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ def reference_loss(
         loss = (1 - weight * share) * loss + weight * kd
     if position_weights is not None:
         loss = position_weights.to(loss) * loss
-    return Losses(*(x.masked_fill(ignored, 0) for x in (loss, nll, kd, mass)))
+    loss, nll, kd, mass = (x.masked_fill(ignored, 0) for x in (loss, nll, kd, mass))
+    return Losses(loss, nll, kd, mass)
 
 
 def _weighed(weights: Union[float, Tensor], values: Tensor) -> Tensor:
@@ -216,6 +217,7 @@ def check_arguments(
     """Refuse what cannot be meant, whichever way the loss is computed."""
     if soft_target is None and weight > 0:
         raise ValueError(f"weight is {weight}, but there is no soft target and no teacher")
+    shapes: List[Tuple[str, Tuple[int, ...], Tuple[int, ...]]]
     shapes = [("target", target.shape, (positions,))]
     if position_weights is not None:
         shapes.append(("position_weights", position_weights.shape, (positions,)))
@@ -335,14 +337,13 @@ def self_kd_cross_entropy(
     nll = log_normalizer - chosen[:, 0]
     kd = mass = torch.zeros_like(nll)
     if soft_target is not None:
-        kd, mass = distilled(
-            soft_target, target, log_normalizer, chosen[:, 1:], total, num_words
-        )
+        kd, mass = distilled(soft_target, target, log_normalizer, chosen[:, 1:], total, num_words)
     top = None
     if top_k:
         values, ids = logits.detach().topk(min(top_k, num_words), 1)
         top = TopWords(ids, values.to(wide) - log_normalizer.unsqueeze(1))
-    return Losses(loss, *(x.masked_fill(ignored, 0) for x in (nll, kd, mass)), top)
+    nll, kd, mass = (x.masked_fill(ignored, 0) for x in (nll, kd, mass))
+    return Losses(loss, nll, kd, mass, top)
 
 
 class _ClosedForm(torch.autograd.Function):

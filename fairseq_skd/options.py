@@ -8,7 +8,10 @@ from fairseq_skd.neighbors import SIMILARITIES
 from fairseq_skd.soft_targets import CANDIDATES
 from fairseq_skd.version import __version__
 
-__all__ = ["SelfKDOptions", "parse_sigma"]
+__all__ = ["TEACHERS", "SelfKDOptions", "parse_sigma"]
+
+#: Where soft targets can come from: the candidates of a `SelfTeacher`, or `PastPredictions`.
+TEACHERS = (*CANDIDATES, "past")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class SelfKDOptions:
     max_mass: float = 0.5
     # Measuring the neighbours then takes less than 1 % of a usual training: docs/refresh.md
     refresh_interval: int = 2000
+    past_file: Optional[str] = None
 
     def __post_init__(self) -> None:
         self._check("weight", 0 <= self.weight <= 1, "a number from 0 to 1")
@@ -41,7 +45,7 @@ class SelfKDOptions:
         self._check("ramp_updates", self.ramp_updates >= 0, "0 or more updates")
         self._check("refresh_interval", self.refresh_interval >= 1, "1 or more updates")
         self._check("top_k", self.top_k >= 1, "1 or more words")
-        self._check("candidates", self.candidates in CANDIDATES, ", ".join(CANDIDATES))
+        self._check("candidates", self.candidates in TEACHERS, ", ".join(TEACHERS))
         self._check("similarity", self.similarity in SIMILARITIES, ", ".join(SIMILARITIES))
         self._check("sigma_scale", 0 < self.sigma_scale < math.inf, "a positive number")
         if self.sigma is not None:
@@ -54,11 +58,14 @@ class SelfKDOptions:
 
     def signature(self) -> str:
         """Return one line that says what was computed, to be quoted beside a result."""
+        schedule = f"weight:{self.weight}|start:{self.start_update}|ramp:{self.ramp_updates}"
+        if self.candidates == "past":  # which knows no distances
+            return f"self_kd|cand:past|k:{self.top_k}|{schedule}|version:{__version__}"
         sigma = f"auto*{self.sigma_scale}" if self.sigma is None else f"{self.sigma}"
         return (
             f"self_kd|cand:{self.candidates}|k:{self.top_k}|sim:{self.similarity}|sigma:{sigma}"
-            f"|mass:{self.max_mass}|weight:{self.weight}|start:{self.start_update}"
-            f"|ramp:{self.ramp_updates}|refresh:{self.refresh_interval}|version:{__version__}"
+            f"|mass:{self.max_mass}|{schedule}|refresh:{self.refresh_interval}"
+            f"|version:{__version__}"
         )
 
 

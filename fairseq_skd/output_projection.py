@@ -21,8 +21,14 @@ class OutputProjection(NamedTuple):
     Attributes
     ----------
     weight : Tensor
-        W, V x d: one row a word of the target dictionary. The parameter itself; under weight
+        W, V x d: one row a word of the dictionary. The parameter itself; under weight
         normalisation (convolutional decoders) what the last forward pass made of it.
+    dictionary : Dictionary
+        Whose words these are: the decoder's own, since a task with several languages may have
+        another one for each. The task's where the decoder does not tell.
+    owner : object
+        Stays the same for as long as the projection does: the parameter, or the decoder that
+        makes it.
     plain_softmax : bool
         The model's log-probabilities are fairseq's own: a log-softmax of its output, so that the
         loss can be computed from logits.
@@ -33,11 +39,13 @@ class OutputProjection(NamedTuple):
     """
 
     weight: Tensor
+    dictionary: Any
+    owner: Any
     plain_softmax: bool
     features_suffice: bool
 
 
-def find_output_projection(model: Any, num_words: int) -> OutputProjection:
+def find_output_projection(model: Any, dictionary: Any) -> OutputProjection:
     """Find the output projection of a fairseq model, through wrappers for distributed training.
 
     Parameters
@@ -45,8 +53,8 @@ def find_output_projection(model: Any, num_words: int) -> OutputProjection:
     model : Module
         With a Transformer, LSTM, convolutional or lightweight convolutional decoder, tied or not
         (or any decoder that keeps its table under one of their names).
-    num_words : int
-        Size of the target dictionary.
+    dictionary : Dictionary
+        The task's target dictionary, for a decoder that does not know its own.
 
     Raises
     ------
@@ -70,15 +78,18 @@ def find_output_projection(model: Any, num_words: int) -> OutputProjection:
     weight = _weight(decoder)
     if weight is None:
         raise _unsupported(inner, f"its {type(decoder).__name__} has no output table that I know")
-    if weight.dim() != 2 or weight.size(0) != num_words:
+    dictionary = getattr(decoder, "dictionary", None) or dictionary
+    if weight.dim() != 2 or weight.size(0) != len(dictionary):
         raise _unsupported(
             inner,
-            f"its output projection has shape {tuple(weight.shape)}, but the target dictionary "
-            f"has {num_words} words: one row a word is needed (sharded parameters, "
+            f"its output projection has shape {tuple(weight.shape)}, but the decoder's dictionary "
+            f"has {len(dictionary)} words: one row a word is needed (sharded parameters, "
             "--ddp-backend fully_sharded, have none)",
         )
     plain = _plain_softmax(inner, decoder)
-    return OutputProjection(weight, plain, plain and _features_suffice(model, inner, decoder))
+    owner = weight if isinstance(weight, nn.Parameter) else decoder
+    suffices = plain and _features_suffice(model, inner, decoder)
+    return OutputProjection(weight, dictionary, owner, plain, suffices)
 
 
 def _weight(decoder: Any) -> Optional[Tensor]:

@@ -39,6 +39,11 @@ class SoftTarget(NamedTuple):
     weights: Tensor
     share: Optional[Tensor] = None
 
+    def at(self, rows: Union[slice, Tensor]) -> "SoftTarget":
+        """Return that of some positions."""
+        share = None if self.share is None else self.share[rows]
+        return SoftTarget(self.ids[rows], self.weights[rows], share)
+
     @property
     def rest(self) -> Tensor:
         """What is left for all words alike; float32 or float64, N.

@@ -17,7 +17,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from fairseq_skd.criterion import eligible_words
+from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.neighbors import SIMILARITIES, nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
 from results.report import table
@@ -41,7 +41,7 @@ def plausibility(trained: Trained, subset: str, k: int) -> List[List[str]]:
     """Return the lines of the table, the head first."""
     counts = _counts(trained.task)
     candidates = _candidates(trained, k, counts)
-    weight = find_output_projection(trained.model, len(counts)).weight
+    weight = find_output_projection(trained.model, trained.task.target_dictionary).weight
     lengths = weight.detach().norm(dim=1)
     elsewhere = wrong = 0.0
     on = dict.fromkeys(candidates, 0.0)
@@ -84,9 +84,9 @@ def _candidates(trained: Trained, k: int, counts: Tensor) -> Dict[str, Tensor]:
     """Return the ids of each kind's candidates for every word, V x k."""
     model, task, _ = trained
     dictionary = task.target_dictionary
-    eligible = torch.from_numpy(eligible_words(dictionary))
+    eligible = torch.from_numpy(ordinary_words(dictionary))
     eligible = eligible[counts[eligible] > 0]
-    weight = find_output_projection(model, len(dictionary)).weight
+    weight = find_output_projection(model, dictionary).weight
     found = {
         f"{k} nearest, {similarity}": nearest_neighbors(weight, k, eligible, similarity).ids
         for similarity in SIMILARITIES

@@ -42,9 +42,10 @@ def soft_targets(checkpoint: Path, data: str, words: List[str], shown: int) -> L
     unknown = [word for word in words if word not in dictionary]
     if unknown:
         sys.exit(f"--words: not in the target dictionary are {', '.join(unknown)}")
-    embedding = find_output_projection(model, len(dictionary)).weight
+    projection = find_output_projection(model, dictionary)
+    embedding = projection.weight
     try:
-        teacher = criterion._new_teacher(embedding.device)
+        teacher = criterion._new_teacher(projection)
     except RuntimeError as error:  # a control whose table no checkpoint has
         sys.exit(f"{checkpoint}: {error}")
     teacher.refresh(embedding)

@@ -146,6 +146,8 @@ def train_step():
         criterion = overrides.get("criterion", built.criterion)
         model.zero_grad(set_to_none=True)
         criterion.train()
+        if hasattr(criterion, "begin_update"):
+            criterion.begin_update(update_num)
         loss, sample_size, log = built.task.train_step(
             sample, model, criterion, Gradients(), update_num
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_skd.criterion import eligible_words
+from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
 from results import branch, calibration, plausibility, soft_targets
@@ -26,6 +26,11 @@ TRAINED += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0, "--self-kd
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     importlib.import_module("results.self_kd_controls")
+
+
+def teacher_of(built):
+    (taught,) = built.criterion._taught.values()
+    return taught.teacher
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def tables(build, train_step):
         for criterion in ("self_kd", name):
             built = build(*TRAINED, "--criterion", criterion, *(options if result else []))
             loss = train_step(built, built.samples[0]).loss.item()
-            result.append((built, loss, built.criterion._teacher._table))
+            result.append((built, loss, teacher_of(built)._table))
         return result
 
     return of
@@ -61,7 +66,7 @@ def test_random_words_get_the_masses_of_the_nearest(tables):
     torch.testing.assert_close(far.weights, near.weights, rtol=0, atol=0)
     assert (far.ids[:, 0] == near.ids[:, 0]).all()
     assert (far.ids[:, 1:] != far.ids[:, :1]).all()
-    eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
+    eligible = torch.from_numpy(ordinary_words(built.task.target_dictionary))
     assert torch.isin(far.ids[:, 1:], eligible).all()
     assert (far.ids[:, 1:] == near.ids[:, 1:]).float().mean() < 0.5
     assert loss != other_loss
@@ -77,15 +82,15 @@ def test_random_words_are_those_of_their_seed(tables):
 
 def test_the_first_table_stays(build, train_step, monkeypatch):
     built = build(*TRAINED, "--criterion", "self_kd_frozen", "--self-kd-start-update", 3)
-    table = find_output_projection(built.model, len(built.task.target_dictionary)).weight
+    table = find_output_projection(built.model, built.task.target_dictionary).weight
     first = table.detach().clone()
     train_step(built, built.samples[0], 0)
     with torch.no_grad():
         table.copy_(table.roll(1, 0))
     train_step(built, built.samples[0], 6000)
-    eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
+    eligible = torch.from_numpy(ordinary_words(built.task.target_dictionary))
     expected = nearest_neighbors(first, 4, eligible, "cosine").ids
-    assert (built.criterion._teacher._table.ids[:, 1:] == expected).all()
+    assert (teacher_of(built)._table.ids[:, 1:] == expected).all()
     resumed = build(*TRAINED, "--criterion", "self_kd_frozen")
     with pytest.raises(RuntimeError, match="remove its folder and begin again"):
         train_step(resumed, resumed.samples[0], 7)
@@ -118,7 +123,7 @@ def test_neighbors_of_another_table(tables, build, trained):
     other_table = ["--self-kd-table-of", trained]
     (built, _, near), (_, _, other) = tables("self_kd_other_table", *other_table)
     state = torch.load(trained, weights_only=False)["model"]
-    eligible = torch.from_numpy(eligible_words(built.task.target_dictionary))
+    eligible = torch.from_numpy(ordinary_words(built.task.target_dictionary))
     found = nearest_neighbors(state["decoder.output_projection.weight"], 4, eligible, "cosine")
     assert (other.ids[:, 1:] == found.ids).all()
     assert (other.ids != near.ids).any()
@@ -136,7 +141,7 @@ def test_variants_that_read_the_logits(name, build, train_step):
     ours = train_step(built, sample)
     output = built.model(**sample["net_input"])
     lprobs = built.model.get_normalized_probs(output, log_probs=True).flatten(0, 1).double()
-    table = built.criterion._teacher._table
+    table = teacher_of(built)._table
     loss = 0.0
     for row, t in zip(lprobs, sample["target"].flatten().tolist()):
         if t == built.task.target_dictionary.pad():
@@ -152,10 +157,49 @@ def test_variants_that_read_the_logits(name, build, train_step):
     assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     built.model.zero_grad()
     loss.backward()
-    gradient = find_output_projection(built.model, len(table.ids)).weight.grad
+    gradient = find_output_projection(built.model, built.task.target_dictionary).weight.grad
     torch.testing.assert_close(
         ours.gradients["decoder.output_projection.weight"], gradient, rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_target_keeps_its_smoothing(build, train_step):
+    """(1 - alpha m) LS - alpha sum_j q_j log p_j, word by word."""
+    built = build(*TRAINED, "--criterion", "self_kd_kept")
+    sample = built.samples[0]
+    ours = train_step(built, sample)
+    output = built.model(**sample["net_input"])
+    lprobs = built.model.get_normalized_probs(output, log_probs=True).flatten(0, 1).double()
+    table = teacher_of(built)._table
+    loss = 0.0
+    for row, t in zip(lprobs, sample["target"].flatten().tolist()):
+        if t == built.task.target_dictionary.pad():
+            continue
+        near, q = table.ids[t, 1:], table.weights[t, 1:].double()
+        smoothed = -0.9 * row[t] - 0.1 / (len(row) - 1) * (row.sum() - row[t])
+        loss = loss + (1 - 0.3 * q.sum()) * smoothed - 0.3 * (q * row[near]).sum()
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_what_the_past_leaves_can_go_to_the_target(build, train_step, tmp_path):
+    past = ["--self-kd-candidates", "past", "--self-kd-past-file", tmp_path / "past"]
+    built = build(*TRAINED, "--criterion", "self_kd_past_kept", *past)
+    sample = built.samples[0]
+    plain = train_step(built, sample)  # not seen yet: label smoothing
+    output = built.model(**sample["net_input"])
+    lprobs = built.model.get_normalized_probs(output, log_probs=True).flatten(0, 1).double()
+    ours = train_step(built, sample)
+    loss = smoothing = 0.0
+    for row, t in zip(lprobs, sample["target"].flatten().tolist()):
+        if t == built.task.target_dictionary.pad():
+            continue
+        values, ids = row.detach().topk(4)
+        smoothed = -0.9 * row[t] - 0.1 / (len(row) - 1) * (row.sum() - row[t])
+        p = values.exp()
+        loss = loss + (1 - 0.3 * p.sum()) * smoothed - 0.3 * (p * row[ids]).sum()
+        smoothing = smoothing + smoothed
+    assert plain.loss.item() == pytest.approx(smoothing.item(), rel=1e-5)
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-3)  # kept as float16
 
 
 def test_uniform_mass_is_label_smoothing_of_the_same_mass(build, train_step):
@@ -191,7 +235,8 @@ def test_a_control_is_calibrated(trained, corpus, monkeypatch, capsys):
 def test_soft_targets_of_words_are_those_of_the_teacher(trained, corpus):
     cells = soft_targets.soft_targets(trained, str(corpus / "pair"), ["t1", "t2"], shown=3)
     model, task, config = results_trained.load(trained, str(corpus / "pair"))
-    teacher = task.build_criterion(config.criterion)._new_teacher(torch.device("cpu"))
+    projection = find_output_projection(model, task.target_dictionary)
+    teacher = task.build_criterion(config.criterion)._new_teacher(projection)
     teacher.refresh(model.decoder.output_projection.weight)
     for word, cell in zip(["t1", "t2"], cells):
         soft = teacher.soft_target(torch.tensor([task.target_dictionary.index(word)]))

@@ -113,7 +113,9 @@ def test_projection_and_loss_together(shape, dtype, candidates, label_smoothing,
         assert ours.correct == (kept & logits.argmax(1).eq(world.target)).sum()
         if weight > 0:
             assert_close(ours.self_kd_loss, expected.self_kd_loss.sum(), 1e-5)
-            assert_close(ours.mass, (kept * (1 - world.soft_target(logits).weights[:, 0])).sum(), 1e-5)
+            assert_close(
+                ours.mass, (kept * (1 - world.soft_target(logits).weights[:, 0])).sum(), 1e-5
+            )
         for mine, theirs in zip(world.gradients(ours.loss), expected_gradients):
             assert_close(mine, theirs, TOLERANCE[dtype])
 

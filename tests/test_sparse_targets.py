@@ -1,4 +1,4 @@
-"""Soft targets from anywhere, losses a position, top words, padding, precision: against the reference."""
+"""Targets from anywhere, losses a position, top words, padding, precision, by the reference."""
 
 import pytest
 import torch
@@ -343,7 +343,9 @@ def test_what_float16_cannot_hold_becomes_infinite():
             features, embedding, target, soft, 0.1, 0.5, reduction=reduction
         ).loss
         for scale, overflows in ((2.0**8, False), (2.0**30, True)):
-            gradient = torch.autograd.grad(loss.sum() * scale, embedding, retain_graph=not overflows)
+            gradient = torch.autograd.grad(
+                loss.sum() * scale, embedding, retain_graph=not overflows
+            )
             assert gradient[0].isinf().any() == overflows
             assert not gradient[0].isnan().any()
             if reduction == "sum" and not overflows:
@@ -356,7 +358,10 @@ def test_float16_keeps_positions_with_very_different_weights():
     features, embedding, target, soft, _ = inputs(8, 40, 4, 3, torch.float16)
     factors = torch.tensor([1e-6, 3e4, 1.0, 0.0, 5.0, 1e-3, 2.0, 100.0])
     _, _, expected = by_reference(
-        *(features.detach().double().requires_grad_(), embedding.detach().double().requires_grad_()),
+        *(
+            features.detach().double().requires_grad_(),
+            embedding.detach().double().requires_grad_(),
+        ),
         *(target, soft, 0.1, 0.5, factors.double()),
     )
     loss = self_kd_linear_cross_entropy(

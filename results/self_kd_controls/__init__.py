@@ -10,23 +10,27 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 - ``self_kd_frozen``: the neighbours are those before any training.
 - ``self_kd_whole_eos``: the end of the sentence gives nothing away.
 - ``self_kd_rank``: the mass of a neighbour falls with its rank, whatever its distance.
+- ``self_kd_kept``: (1 - alpha m) LS + alpha (sum of q_j (-log p_j)): the target keeps all that is
+  not given away, label smoothing included.
+- ``self_kd_past_kept``: of ``--self-kd-candidates past``, what is beyond the k words goes to the
+  label-smoothed target instead of all words alike.
 - ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
 - ``self_kd_doubt``: the mass that a target gives away is in proportion to the model's doubt in it.
 
 The last two read the logits, so that the loss is not computed in blocks with the projection. All
-but ``self_kd_uniform`` are for ``--self-kd-candidates neighbors``.
+but ``self_kd_uniform`` and ``self_kd_past_kept`` are for ``--self-kd-candidates neighbors``.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
-from fairseq_skd import compatibility
 from fairseq_skd.criterion import SelfKDCriterion, SelfKDCriterionConfig
+from fairseq_skd.loss import TopWords
 from fairseq_skd.output_projection import OutputProjection
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
@@ -43,7 +47,7 @@ class RandomTeacher(SelfTeacher):
         """Measure the neighbours, then put random eligible words in their places."""
         super().refresh(embedding)
         assert self._table is not None
-        ids, weights = self._table
+        ids, weights, _ = self._table
         words = torch.arange(len(embedding)) if self.eligible is None else self.eligible.cpu()
         generator = torch.Generator().manual_seed(self.seed)
         # Never the word itself: where it is drawn, the next one is taken.
@@ -60,7 +64,7 @@ class RankTeacher(SelfTeacher):
         """Measure the neighbours, then share each word's mass by rank."""
         super().refresh(embedding)
         assert self._table is not None
-        ids, weights = self._table
+        ids, weights, _ = self._table
         shares = 1 / torch.arange(1, ids.size(1), device=ids.device)
         masses = weights[:, 1:].sum(1, keepdim=True) * (shares / shares.sum())
         self._table = SoftTarget(ids, torch.cat([weights[:, :1], masses], 1))
@@ -89,6 +93,27 @@ class OtherTableTeacher(SelfTeacher):
         super().refresh(self.other.to(embedding.device))
 
 
+class KeptTeacher(SelfTeacher):
+    """Gives the candidates alone; the positions' shares of alpha are the masses."""
+
+    def soft_target(
+        self,
+        target: Tensor,
+        prediction: Optional[Tensor] = None,
+        embedding: Optional[Tensor] = None,
+    ) -> SoftTarget:
+        """Return the candidates, with weights that sum to 1."""
+        ids, weights, _ = super().soft_target(target, prediction, embedding)
+        return kept(SoftTarget(ids[:, 1:], weights[:, 1:]))
+
+
+def kept(soft: SoftTarget) -> SoftTarget:
+    """Let what a soft target leaves go to the label-smoothed target."""
+    mass = soft.weights.sum(1)
+    share = mass if soft.share is None else mass * soft.share
+    return SoftTarget(soft.ids, soft.weights / mass.clamp(min=1e-12).unsqueeze(1), share)
+
+
 class LogitsTeacher(SelfTeacher):
     """A teacher that is shown the logits of the batch, as `scores`, N x V."""
 
@@ -105,7 +130,7 @@ class BeliefTeacher(LogitsTeacher):
         embedding: Optional[Tensor] = None,
     ) -> SoftTarget:
         """Return m softmax(log q_j + z_j) over the candidates j: q_j p_j, made to sum to m."""
-        ids, weights = super().soft_target(target, prediction, embedding)
+        ids, weights, _ = super().soft_target(target, prediction, embedding)
         mass = weights[:, 1:].sum(1, keepdim=True)
         belief = self.scores.gather(1, ids[:, 1:]).float()
         shares = torch.softmax(weights[:, 1:].log() + belief, 1)
@@ -122,7 +147,7 @@ class DoubtTeacher(LogitsTeacher):
         embedding: Optional[Tensor] = None,
     ) -> SoftTarget:
         """Return (1 - p_t) q_j for the candidates j, and the rest for the target."""
-        ids, weights = super().soft_target(target, prediction, embedding)
+        ids, weights, _ = super().soft_target(target, prediction, embedding)
         probability = torch.softmax(self.scores.float(), 1).gather(1, ids[:, :1])
         shares = weights[:, 1:] * (1 - probability)
         return SoftTarget(ids, torch.cat([1 - shares.sum(1, keepdim=True), shares], 1))
@@ -138,15 +163,15 @@ class LogitsCriterion(SelfKDCriterion):
         self,
         model: Any,
         net_output: Any,
-        sample: Dict[str, Any],
+        target: Tensor,
         weight: float,
         projection: OutputProjection,
-    ) -> Dict[str, Tensor]:
-        teacher = self._taught(model, weight, projection)
-        if teacher is not None:
+        source: Union[SoftTarget, SelfTeacher, None],
+    ) -> Tuple[Dict[str, Tensor], Optional[TopWords]]:
+        if isinstance(source, LogitsTeacher):
             logits = net_output[0][:, self.ignore_prefix_size :].detach()
-            teacher.scores = logits.reshape(-1, logits.size(-1))
-        return super()._loss(model, net_output, sample, weight, projection)
+            source.scores = logits.reshape(-1, logits.size(-1))
+        return super()._loss(model, net_output, target, weight, projection, source)
 
 
 @register_criterion("self_kd_belief", dataclass=SelfKDCriterionConfig)
@@ -161,6 +186,22 @@ class DoubtCriterion(LogitsCriterion):
     """The mass that a target gives away is in proportion to the model's doubt in it."""
 
     teacher_class = DoubtTeacher
+
+
+@register_criterion("self_kd_kept", dataclass=SelfKDCriterionConfig)
+class KeptCriterion(SelfKDCriterion):
+    """The target keeps all that is not given away, label smoothing included."""
+
+    teacher_class = KeptTeacher
+
+
+@register_criterion("self_kd_past_kept", dataclass=SelfKDCriterionConfig)
+class PastKeptCriterion(SelfKDCriterion):
+    """What the words of the past leave goes to the label-smoothed target."""
+
+    def _past_of(self, *arguments: Any) -> Optional[SoftTarget]:
+        soft = super()._past_of(*arguments)
+        return None if soft is None else kept(soft)
 
 
 @dataclass
@@ -180,8 +221,8 @@ class RandomCriterion(SelfKDCriterion):
         super().__init__(cfg, task)
         self._seed = cfg.self_kd_random_seed
 
-    def _new_teacher(self, device: torch.device) -> SelfTeacher:
-        teacher = super()._new_teacher(device)
+    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
+        teacher = super()._new_teacher(projection)
         teacher.seed = self._seed
         return teacher
 
@@ -199,8 +240,8 @@ class WholeEosCriterion(SelfKDCriterion):
 
     teacher_class = WholeWordTeacher
 
-    def _new_teacher(self, device: torch.device) -> SelfTeacher:
-        teacher = super()._new_teacher(device)
+    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
+        teacher = super()._new_teacher(projection)
         teacher.whole = self.task.target_dictionary.eos()
         return teacher
 
@@ -232,8 +273,8 @@ class OtherTableCriterion(SelfKDCriterion):
                 f"words; the target dictionary has {len(task.target_dictionary)}"
             )
 
-    def _new_teacher(self, device: torch.device) -> SelfTeacher:
-        teacher = super()._new_teacher(device)
+    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
+        teacher = super()._new_teacher(projection)
         teacher.other = self._other
         return teacher
 
@@ -244,26 +285,30 @@ class FrozenCriterion(SelfKDCriterion):
 
     teacher_class = OtherTableTeacher
 
-    _first: Optional[Tensor] = None
+    _table_before: Optional[Tensor] = None
 
-    def _new_teacher(self, device: torch.device) -> SelfTeacher:
-        teacher = super()._new_teacher(device)
+    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
+        teacher = super()._new_teacher(projection)
         teacher.other = self._first_weights()
         return teacher
 
-    def _weight(self, model: Any) -> float:
-        if compatibility.num_updates(model) == 0:
-            self._first = self._projection(model).weight.detach().clone()
-        self._first_weights()  # is there, long before distillation begins
-        return super()._weight(model)
+    def forward(
+        self, model: Any, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Keep the first weights, and compute the loss."""
+        if self.training and model.training:
+            if self._updates_done() == 0 and self._table_before is None:
+                self._table_before = self._projection(model).weight.detach().clone()
+            self._first_weights()  # is there, long before distillation begins
+        return super().forward(model, sample, reduce)
 
     def _first_weights(self) -> Tensor:
-        if self._first is None:
+        if self._table_before is None:
             raise RuntimeError(
                 "self_kd_frozen knows the first weights only in the process that began the "
                 "training: to train, remove its folder and begin again"
             )
-        return self._first
+        return self._table_before
 
 
 @register_criterion("self_kd_uniform", dataclass=SelfKDCriterionConfig)
@@ -285,9 +330,9 @@ class UniformCriterion(SelfKDCriterion):
         self, model: Any, sample: Dict[str, Any], reduce: bool = True
     ) -> Tuple[Tensor, Any, Dict[str, Any]]:
         """Compute the loss with the epsilon of this update."""
-        alpha = SelfKDCriterion._weight(self, model) if self.training and model.training else 0.0
+        alpha = SelfKDCriterion._weight(self) if self.training and model.training else 0.0
         self.eps = (1 - alpha) * self._smoothing + alpha * self.options.max_mass
         return super().forward(model, sample, reduce)
 
-    def _weight(self, model: Any) -> float:
+    def _weight(self) -> float:
         return 0.0
