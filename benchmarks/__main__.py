@@ -18,11 +18,13 @@ from benchmarks.measure import added_memory, in_turn, percentiles, processor
 from benchmarks.workloads import (
     BASELINE,
     DEVICE,
+    LARGE,
+    PAST,
     SHAPES,
+    Training,
     criteria,
     losses,
     refreshes,
-    training_step,
 )
 from fairseq_skd import __version__
 
@@ -32,6 +34,8 @@ LOSS = "projection and loss alone"
 REFRESH = "refresh of the neighbors"
 MEMORY = "memory added by projection and loss"
 STEP_MEMORY = "memory added by a training step"
+START_MEMORY = "memory added by the first two steps without Adam, refresh included"
+VALIDATION_MEMORY = "memory added by a validation step"
 
 
 def main() -> None:
@@ -39,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="calls of each (default: 7)")
     parser.add_argument("--only", choices=["step", "loss", "memory", "refresh"])
-    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", help="default: all")
+    parser.add_argument("--shape", choices=[*SHAPES, *LARGE], nargs="+", help="default: all")
     parser.add_argument("--out", type=Path, help=f"default: {report.CSV.relative_to(report.ROOT)}")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
@@ -74,22 +78,28 @@ def main() -> None:
         large = shape.layers > 1
         rounds = max(3, args.rounds // 2) if large else args.rounds
         if args.only in (None, "step"):
-            steps = {c: training_step(shape, c) for c in criteria(shape)}
+            steps = {c: Training(shape, c) for c in criteria(shape)}
             rows += _times(STEP, name, steps, rounds)
             del steps
         if args.only in (None, "step") and not large:
-            steps = {c: training_step(shape, c, update=False) for c in criteria(shape)[:2]}
+            steps = {c: Training(shape, c, update=False) for c in criteria(shape)[:2]}
             rows += _times(GRADIENTS, name, steps, rounds)
             del steps
         if args.only in (None, "loss") and not large:
             rows += _times(LOSS, name, losses(shape), rounds)
         if args.only in (None, "memory"):
-            rows += _memory(STEP_MEMORY, name, criteria(shape)[:2])
+            for what in (STEP_MEMORY, START_MEMORY):
+                rows += _memory(what, name, [BASELINE, "self-KD", PAST])
             if not large:
                 loss_names = [BASELINE, "self-KD", "self-KD from logits"]
                 rows += _memory(MEMORY, name, loss_names)
         _save(rows, conditions, partial)  # what follows may fail
-    if args.only in (None, "refresh"):
+    for name in LARGE:
+        if args.only in (None, "memory") and (not args.shape or name in args.shape):
+            rows += _memory(STEP_MEMORY, name, [BASELINE, "self-KD"])
+            rows += _memory(VALIDATION_MEMORY, name, [BASELINE, "self-KD"])
+            _save(rows, conditions, partial)
+    if args.only == "refresh" or (args.only is None and not args.shape):
         rounds = max(3, args.rounds // 2)
         rows += _times(REFRESH, "V = 32,768, d = 512", refreshes(32_768, 512), rounds, "products")
     _save(rows, conditions, partial)
@@ -100,7 +110,7 @@ def main() -> None:
 
 
 def _save(rows: List[report.Row], conditions: report.Row, path: Path) -> None:
-    order = [STEP, GRADIENTS, LOSS, STEP_MEMORY, MEMORY, REFRESH]
+    order = [STEP, GRADIENTS, LOSS, STEP_MEMORY, START_MEMORY, VALIDATION_MEMORY, MEMORY, REFRESH]
     found = sorted(rows, key=lambda row: order.index(row["what"]))
     report.write([{**row, **conditions} for row in found], path)
 
@@ -142,9 +152,11 @@ def _memory(what: str, shape: str, names: List[str]) -> List[report.Row]:
 def _memory_workload(what: str, shape: str, name: str) -> Callable[[], object]:
     if what == MEMORY:
         return losses(SHAPES[shape])[name]
-    step = training_step(SHAPES[shape], name)
-    step()  # Adam's state and the table of neighbours stay; they are no memory of a step
-    return step
+    training = Training({**SHAPES, **LARGE}[shape], name, update=what != START_MEMORY)
+    if what == START_MEMORY:
+        return lambda: [training() for _ in range(2)]
+    training()  # Adam's state and the table of neighbours stay; they are no memory of a step
+    return training.validate if what == VALIDATION_MEMORY else training
 
 
 def _row(what: str, shape: str, name: str) -> report.Row:

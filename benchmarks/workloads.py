@@ -1,9 +1,13 @@
 """What is measured: one training step of a fairseq model under each criterion, and its parts."""
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from fairseq import optim, options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -11,7 +15,9 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.tasks.translation import TranslationTask
 
 from fairseq_skd import (
+    PastPredictions,
     SelfTeacher,
+    TextLayout,
     nearest_neighbors,
     self_kd_cross_entropy,
     self_kd_linear_cross_entropy,
@@ -19,11 +25,16 @@ from fairseq_skd import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BASELINE = "label smoothing"
+PAST = "self-KD, past"
 _ELIGIBLE = 1_000
 _SELF_KD = ["--self-kd-start-update", "0", "--self-kd-ramp-updates", "0", "--self-kd-weight", "0.5"]
 CRITERIA = {
     BASELINE: ["label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
     "self-KD": ["self_kd", "--label-smoothing", "0.1", *_SELF_KD],
+    PAST: [
+        *("self_kd", "--label-smoothing", "0.1", *_SELF_KD, "--self-kd-candidates", "past"),
+        *("--self-kd-top-k", "8"),
+    ],
     "self-KD, weight 0": ["self_kd", "--label-smoothing", "0.1", "--self-kd-weight", "0"],
     "cross-entropy": ["cross_entropy"],
     "R-Drop": [
@@ -53,40 +64,58 @@ SHAPES = {
     "WMT, 6+6 layers": Shape(32_768, 2_048, 512, 2_048, 6),
     "WikiText-103 LM, 6 layers": Shape(267_744, 1_024, 512, 2_048, 6, language_model=True),
 }
+# Of these only the memory of training and validation is measured.
+LARGE = {"LM, V = 200,000, N = 2,048": Shape(200_000, 2_048, 256, 1_024, 1, language_model=True)}
 
 
-def training_step(shape: Shape, name: str, update: bool = True) -> Callable[[], object]:
-    """Return a training step under the criterion of this name: forward, backward, Adam.
+class Training:
+    """A model, a batch and the criterion of a name.
 
-    Without ``update`` it ends after the backward pass.
+    Calling it is a training step: forward, backward and Adam. Without ``update`` it ends after the
+    backward pass.
     """
-    dictionary = Dictionary()
-    for i in range(len(dictionary), shape.words):
-        # Of every word the neighbors among these few are found, which takes seconds where all take
-        # minutes. What a step does is the same; a refresh is measured on its own.
-        dictionary.add_symbol(f"w{i}" if i < _ELIGIBLE else f"madeupword{i}")
-    parser = options.get_training_parser()
-    arguments = ["data", *_model_arguments(shape), "--criterion", *CRITERIA[name]]
-    arguments += ["--optimizer", "adam", "--lr", "1e-5"]
-    config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
-    if shape.language_model:
-        task: tasks.FairseqTask = LanguageModelingTask(config.task, dictionary, dictionary)
-    else:
-        task = TranslationTask(config.task, dictionary, dictionary)
-    torch.manual_seed(1)
-    model = task.build_model(config.model).to(DEVICE)
-    criterion = task.build_criterion(config.criterion).train()
-    optimizer = optim.build_optimizer(config.optimizer, list(model.parameters()))
-    sample = _sample(shape)
 
-    def step() -> None:
-        optimizer.zero_grad()
+    def __init__(self, shape: Shape, name: str, update: bool = True) -> None:
+        dictionary = Dictionary()
+        for i in range(len(dictionary), shape.words):
+            # Of every word the neighbors among these few are found, which takes seconds where all
+            # take minutes. What a step does is the same; a refresh is measured on its own.
+            dictionary.add_symbol(f"w{i}", n=1)
+            if i >= _ELIGIBLE:
+                dictionary.symbols[i], dictionary.count[i] = f"madeupword{i:04d}", 0
+        parser = options.get_training_parser()
+        arguments = ["data", *_model_arguments(shape), "--criterion", *CRITERIA[name]]
+        arguments += ["--optimizer", "adam", "--lr", "1e-5"]
+        config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        self.task: tasks.FairseqTask
+        if shape.language_model:
+            self.task = LanguageModelingTask(config.task, dictionary, dictionary)
+        else:
+            self.task = TranslationTask(config.task, dictionary, dictionary)
+        torch.manual_seed(1)
+        self.model = self.task.build_model(config.model).to(DEVICE)
+        self.criterion = self.task.build_criterion(config.criterion).train()
+        self.optimizer = optim.build_optimizer(config.optimizer, list(self.model.parameters()))
+        self.sample = _sample(shape)
+        self.update = update
+        if name == PAST:
+            self.folder = tempfile.TemporaryDirectory()  # removed with the training
+            layout = TextLayout(np.full(*self.sample["target"].shape), "benchmark")
+            self.criterion._past = PastPredictions(Path(self.folder.name, "past"), layout, 8)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        if hasattr(self.criterion, "begin_update"):
+            self.criterion.begin_update(1, [self.sample])
         # R-Drop writes into the batch that it is given.
-        task.train_step(copy.deepcopy(sample), model, criterion, optimizer, 1)
-        if update:
-            optimizer.step()
+        batch = copy.deepcopy(self.sample)
+        self.task.train_step(batch, self.model, self.criterion, self.optimizer, 1)
+        if self.update:
+            self.optimizer.step()
 
-    return step
+    def validate(self) -> None:
+        """Take a validation step."""
+        self.task.valid_step(self.sample, self.model, self.criterion.eval())
 
 
 def criteria(shape: Shape) -> List[str]:
@@ -119,7 +148,10 @@ def _sample(shape: Shape) -> Dict[str, Any]:
     net_input = {"src_tokens": tokens[0], "src_lengths": torch.full((rows,), length)}
     if not shape.language_model:
         net_input["prev_output_tokens"] = tokens[1]
-    return {"net_input": net_input, "target": tokens[2], "ntokens": tokens[2].numel()}
+    return {
+        **{"id": torch.arange(rows), "net_input": net_input},
+        **{"target": tokens[2], "ntokens": tokens[2].numel()},
+    }
 
 
 def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
@@ -141,6 +173,21 @@ def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
     def in_blocks() -> torch.Tensor:
         return self_kd_linear_cross_entropy(features, embedding, target, teacher, 0.1, 0.5).loss
 
+    def plain() -> torch.Tensor:
+        return self_kd_linear_cross_entropy(features, embedding, target).loss
+
+    def pytorchs(label_smoothing: float, chunk: int) -> Callable[[], torch.Tensor]:
+        # Of its own choice the CPU takes a few positions, 20 times as slow at V = 100,000.
+        chunked = {"chunking_method": None, "batch_chunk_size": chunk}
+        return lambda: F.linear_cross_entropy(
+            features,
+            embedding,
+            target,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+            options=torch.nn.LinearCrossEntropyOptions(**chunked) if chunk else None,
+        )
+
     def from_logits() -> torch.Tensor:
         logits, soft = features @ embedding.t(), teacher.soft_target(target)
         return self_kd_cross_entropy(
@@ -160,12 +207,18 @@ def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
 
         return run
 
-    return {
+    found = {
         BASELINE: to_gradients(label_smoothing),
         "self-KD": to_gradients(in_blocks),
         "self-KD from logits": to_gradients(from_logits),
+        "self-KD, weight 0, no smoothing": to_gradients(plain),
         "three products": products,
     }
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13; with label smoothing it makes all logits
+        found["PyTorch's"] = to_gradients(pytorchs(0.1, 0))
+        found["PyTorch's, no smoothing"] = to_gradients(pytorchs(0.0, 0))
+        found["PyTorch's, chunked, no smoothing"] = to_gradients(pytorchs(0.0, 256))
+    return found
 
 
 def refreshes(words: int, dim: int) -> Dict[str, Callable[[], object]]:

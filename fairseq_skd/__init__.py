@@ -9,6 +9,7 @@ import importlib.util
 from fairseq_skd.linear_loss import LinearLosses, self_kd_linear_cross_entropy
 from fairseq_skd.loss import Losses, TopWords, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import Neighbors, nearest_neighbors
+from fairseq_skd.past import PastPredictions, TextLayout
 from fairseq_skd.schedule import self_kd_weight
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget, automatic_sigma, soft_target
 from fairseq_skd.version import __version__
@@ -20,8 +21,10 @@ __all__ = [
     "LinearLosses",
     "Losses",
     "Neighbors",
+    "PastPredictions",
     "SelfTeacher",
     "SoftTarget",
+    "TextLayout",
     "TopWords",
     "__version__",
     "automatic_sigma",

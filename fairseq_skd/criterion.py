@@ -10,7 +10,6 @@ from typing import Any, Deque, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fairseq import metrics
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -298,12 +297,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         features = net_output[0][:, self.ignore_prefix_size :]
         features = features.reshape(-1, features.size(-1))
         if self.training and self._first("linear", weight):
-            soft = source
-            if isinstance(soft, SelfTeacher):
-                scores = F.linear(features.detach(), projection.weight.detach())
-                soft = soft_target_of(soft, scores, target, projection.weight)
             check_linear_loss(
-                *(features, projection.weight, target, soft, self.eps, weight, self.padding_idx)
+                *(features, projection.weight, target, source, self.eps, weight, self.padding_idx)
             )
         losses = self_kd_linear_cross_entropy(
             features,

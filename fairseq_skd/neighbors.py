@@ -71,7 +71,7 @@ def nearest_neighbors(
     k: int,
     eligible: Optional[Tensor] = None,
     similarity: str = "euclidean",
-    block_bytes: int = 64 * 2**20,
+    block_bytes: int = 16 * 2**20,
 ) -> Neighbors:
     """Find the k nearest eligible words of every word, exactly.
 

@@ -6,7 +6,7 @@ version, processor and driver; so a run looks for itself, on its own data, befor
 """
 
 import platform
-from typing import List, Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,12 @@ from fairseq_skd.linear_loss import self_kd_linear_cross_entropy
 from fairseq_skd.loss import reference_loss, self_kd_cross_entropy
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
-__all__ = ["POSITIONS", "LossCheckError", "check_linear_loss", "check_loss"]
+__all__ = ["LossCheckError", "check_linear_loss", "check_loss", "soft_target_of"]
 
-#: As many positions are computed twice. At V = 267,744 their log-probabilities take 68 MB.
-POSITIONS = 64
+# As many positions are computed twice, and fewer where their log-probabilities would take more than
+# 4 MiB: the check must not be what decides whether a training fits into memory.
+_POSITIONS = 64
+_BYTES = 4 * 2**20
 
 # What losses and gradients may differ by, relative to the largest. Rounding is far below: up to
 # 1e-6, 2e-2 and 4e-3 in the tests, 1e-3 for float32 where products are rounded to TF32. A wrong
@@ -36,7 +38,7 @@ def check_linear_loss(
     features: Tensor,
     embedding: Tensor,
     target: Tensor,
-    soft_target: Optional[SoftTarget],
+    soft_target: Union[SoftTarget, SelfTeacher, None],
     label_smoothing: float,
     weight: float,
     ignore_index: int,
@@ -50,21 +52,25 @@ def check_linear_loss(
     LossCheckError
         If the loss or a gradient differs by more than rounding.
     """
-    rows = _rows(len(features), features.device)
-    soft = None if soft_target is None else soft_target.at(rows)
-    features = features.detach()[rows]
+    rows = _rows(len(features), len(embedding), features.device)
+    target, features = target[rows], features.detach()[rows]
     settings = label_smoothing, weight, ignore_index
-    found: List[List[Tensor]] = []
+    logits = F.linear(features, embedding.detach()).detach().requires_grad_()
+    soft = _at(soft_target, rows, logits, target, embedding)
     with torch.enable_grad():
-        for linear in (False, True):
-            x = features.clone().requires_grad_()
-            w = embedding.detach().requires_grad_()
-            if linear:
-                loss = self_kd_linear_cross_entropy(x, w, target[rows], soft, *settings).loss
-            else:
-                loss = _reference(F.linear(x, w), target[rows], soft, *settings)
-            found.append([loss.detach(), *torch.autograd.grad(loss, [x, w])])
-    _compare("self_kd_linear_cross_entropy", found[0], found[1], embedding.dtype)
+        expected = _reference(logits, target, soft, *settings)
+        (slopes,) = torch.autograd.grad(expected, logits)
+        x = features.clone().requires_grad_()
+        w = embedding.detach().requires_grad_()
+        loss = self_kd_linear_cross_entropy(x, w, target, soft, *settings).loss
+        grad_x, grad_w = torch.autograd.grad(loss, [x, w])
+    with torch.no_grad():
+        errors = [_error(loss, expected), _error(grad_x, slopes @ w.to(slopes.dtype))]
+        # In parts, since there need not be room for two gradients of the table.
+        x = features.to(slopes.dtype)
+        for part in torch.arange(len(w), device=w.device).split(2**11):
+            errors.append(_error(grad_w[part], slopes[:, part].t() @ x, grad_w))
+    _judge("self_kd_linear_cross_entropy", torch.stack(errors), embedding)
 
 
 def check_loss(
@@ -76,19 +82,18 @@ def check_loss(
     ignore_index: int,
 ) -> None:
     """Compare `self_kd_cross_entropy` with `reference_loss` as `check_linear_loss` does."""
-    rows = _rows(len(logits), logits.device)
+    rows = _rows(len(logits), logits.size(1), logits.device)
+    target = target[rows]
     soft = None if soft_target is None else soft_target.at(rows)
     settings = label_smoothing, weight, ignore_index
-    found: List[List[Tensor]] = []
     with torch.enable_grad():
-        for closed in (False, True):
-            z = logits.detach()[rows].requires_grad_()
-            if closed:
-                loss = self_kd_cross_entropy(z, target[rows], soft, *settings).loss.sum()
-            else:
-                loss = _reference(z, target[rows], soft, *settings)
-            found.append([loss.detach(), *torch.autograd.grad(loss, [z])])
-    _compare("self_kd_cross_entropy", found[0], found[1], logits.dtype)
+        z = logits.detach()[rows].requires_grad_()
+        expected = _reference(z, target, soft, *settings)
+        loss = self_kd_cross_entropy(z, target, soft, *settings).loss.sum()
+        pairs = [(loss, expected)]
+        pairs.append((torch.autograd.grad(loss, z)[0], torch.autograd.grad(expected, z)[0]))
+    errors = [_error(ours.detach(), theirs.detach()) for ours, theirs in pairs]
+    _judge("self_kd_cross_entropy", torch.stack(errors), logits)
 
 
 def soft_target_of(
@@ -99,9 +104,23 @@ def soft_target_of(
     return teacher.soft_target(target, prediction, embedding)
 
 
-def _rows(count: int, device: torch.device) -> Tensor:
+def _rows(count: int, num_words: int, device: torch.device) -> Tensor:
     """Spread over the batch, so that padding is among them."""
-    return torch.linspace(0, max(count - 1, 0), min(count, POSITIONS), device=device).long()
+    most = max(8, min(_POSITIONS, _BYTES // (4 * num_words)))
+    return torch.linspace(0, max(count - 1, 0), min(count, most), device=device).long()
+
+
+def _at(
+    soft: Union[SoftTarget, SelfTeacher, None],
+    rows: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    embedding: Tensor,
+) -> Optional[SoftTarget]:
+    if isinstance(soft, SelfTeacher):
+        # The same one for both losses: of two nearly equal logits either may come out first.
+        return soft_target_of(soft, logits.detach(), target, embedding)
+    return None if soft is None else soft.at(rows)
 
 
 def _reference(
@@ -112,23 +131,28 @@ def _reference(
     return reference_loss(lprobs, target, soft, *settings).loss.sum()  # type: ignore[arg-type]
 
 
-def _compare(name: str, expected: List[Tensor], ours: List[Tensor], dtype: torch.dtype) -> None:
-    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
-    wrong, errors = [], []
-    for mine, theirs in zip(ours, expected):
-        error = (mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
-        errors.append(error)
-        # A model that has diverged is not the loss's fault.
-        wrong.append(~(error <= tolerance) & theirs.isfinite().all())
-    if torch.stack(wrong).any():
-        shown = ", ".join(f"{error:.2g}" for error in torch.stack(errors).tolist())
+def _error(ours: Tensor, expected: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+    """Return the largest difference, relative to the largest value of ``scale``."""
+    low, high = (expected if scale is None else scale).aminmax()  # makes nothing of its size
+    largest = torch.maximum(-low, high).float().clamp(min=1e-6)
+    error = (ours.float() - expected.float()).abs().amax() / largest
+    # A model that has diverged is not the loss's fault.
+    return torch.where(expected.isfinite().all(), error, torch.zeros_like(error))
+
+
+def _judge(name: str, errors: Tensor, like: Tensor) -> None:
+    tolerance = _TOLERANCE.get(like.dtype, _HALF_TOLERANCE)
+    if torch.is_autocast_enabled(like.device.type):
+        tolerance = _HALF_TOLERANCE
+    loss, *gradients = errors.tolist()
+    if not (loss <= tolerance and max(gradients) <= tolerance):
         raise LossCheckError(
             f"self-KD: {name} is wrong on this machine: on the same positions it and the readable "
-            f"reference differ by {shown} (relative; the loss, then gradients), where rounding of "
-            f"{dtype} explains {tolerance}. Training would follow another objective, so it ends "
-            f"here. Please report this with: torch {torch.__version__}, Python "
-            f"{platform.python_version()}, {_device(expected[0])}, {platform.machine()}, "
-            f"{torch.get_num_threads()} threads"
+            f"reference differ by {loss:.2g} in the loss and {max(gradients):.2g} in a gradient "
+            f"(relative), where rounding explains {tolerance}. Training would follow another "
+            f"objective, so it ends here. Please report this with: torch {torch.__version__}, "
+            f"Python {platform.python_version()}, {_device(like)}, {like.dtype}, "
+            f"{platform.machine()}, {torch.get_num_threads()} threads"
         )
 
 
