@@ -41,6 +41,7 @@ setup(
         "recipes": RECIPES,
         "dev": [
             *RECIPES,
+            "accelerate",
             "hypothesis",
             "lxml",
             "matplotlib",
@@ -50,6 +51,7 @@ setup(
             "pytest-xdist",
             "rich",
             "ruff",
+            "transformers",
         ],
     },
     entry_points={"console_scripts": ["fairseq-skd=fairseq_skd.command_line:main"]},

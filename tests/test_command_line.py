@@ -1,6 +1,7 @@
 """fairseq's commands, as users call them, on a tiny corpus."""
 
 import json
+import math
 import re
 import socket
 import sys
@@ -116,6 +117,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(corpus, tmp_path):
         assert_equal_weights(
             tmp_path / "whole" / "checkpoint_last.pt", folder / "checkpoint_last.pt"
         )
+
+
+def test_float16_follows_float32_and_skips_what_overflows(corpus, tmp_path):
+    """fairseq's other half-precision modes need CUDA (tests/gpu)."""
+    options = ["--max-update", 8, "--update-freq", 2, "--clip-norm", 1, "--max-tokens", 100]
+    options += ["--self-kd-start-update", 2, "--self-kd-ramp-updates", 2, "--dropout", 0]
+    half = [*options, "--memory-efficient-fp16"]
+    full = logged(train(corpus / "pair", tmp_path / "float32", *options))
+    ours = logged(train(corpus / "pair", tmp_path / "float16", *half))
+    for key in ("loss", "nll_loss", "self_kd_weight"):
+        expected = [float(record[key]) for record in full]
+        assert [float(record[key]) for record in ours] == pytest.approx(expected, rel=0.02)
+    assert {float(record["loss_scale"]) for record in ours} == {128}
+    output = train(corpus / "pair", tmp_path / "high", *half, "--fp16-init-scale", 2**28)
+    assert "gradient overflow detected" in output
+    assert 1 <= float(logged(output)[-1]["loss_scale"]) < 2**28
+    assert float(logged(output)[-1]["loss"]) < float(full[0]["loss"])
+    assert math.isfinite(float(logged(output)[-1]["gnorm"]))
 
 
 def test_two_workers_equal_one_that_accumulates(corpus, tmp_path):
