@@ -6,7 +6,7 @@ VENV := .venv
 PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 READY := $(VENV)/ready
 
-.PHONY: quickstart test lint benchmark results clean
+.PHONY: quickstart test lint benchmark gpu results clean
 
 quickstart: $(READY)
 	@$(VENV)/bin/python examples/quickstart/run.py $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -22,6 +22,10 @@ lint: $(READY)
 # Wants the machine for itself.
 benchmark: $(READY)
 	$(VENV)/bin/python -m benchmarks
+
+# On a machine with a GPU, also without network: WHEELS=folder holds what its Python lacks.
+gpu:
+	@benchmarks/gpu.sh $(if $(OUT),--out "$(OUT)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
 # Hours, in the background if you like: it goes on where it was interrupted. JOBS=2: two runs side by side.
 results: $(READY)

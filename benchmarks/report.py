@@ -32,7 +32,7 @@ def table(rows: List[Row]) -> str:
     """Return the medians as Markdown, one table a kind of measurement; the README holds it."""
     lines: List[str] = []
     for what in dict.fromkeys(row["what"] for row in rows):
-        cells = {(row["shape"], row["name"]): row for row in rows if row["what"] == what}
+        cells = {(_place(row), row["name"]): row for row in rows if row["what"] == what}
         shapes = dict.fromkeys(shape for shape, _ in cells)
         names = list(dict.fromkeys(name for _, name in cells))
         lines += ["", f"| {what} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -40,6 +40,11 @@ def table(rows: List[Row]) -> str:
             figures = [_cell(cells.get((shape, name)), name == names[0]) for name in names]
             lines.append(f"| {shape} | {' | '.join(figures)} |")
     return "\n".join(lines[1:])
+
+
+def _place(row: Row) -> str:
+    """Return the shape, and the type of the model if it is not the usual one."""
+    return row["shape"] if row["dtype"] == "float32" else f"{row['shape']}, {row['dtype']}"
 
 
 def _cell(row: Optional[Row], base: bool) -> str:
@@ -53,14 +58,16 @@ def plot(rows: List[Row], path: Path) -> None:
     """Draw the training step of every criterion as a part of that of label smoothing (SVG)."""
     pyplot = svg_pyplot()
     steps = [row for row in rows if row["what"].startswith("training step")]
-    shapes = list(dict.fromkeys(row["shape"] for row in steps))
+    shapes = list(dict.fromkeys(map(_place, steps)))
     names = list(dict.fromkeys(row["name"] for row in steps if row["name"] != BASELINE))
     figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.62 * len(shapes)))
     for offset, name in enumerate(names):
-        bars = {row["shape"]: row for row in steps if row["name"] == name}
-        places = [i + 0.19 * (offset - 1.5) for i, shape in enumerate(shapes) if shape in bars]
+        bars = {_place(row): row for row in steps if row["name"] == name}
+        height = 0.8 / len(names)
+        middle = (len(names) - 1) / 2
+        places = [i + height * (offset - middle) for i, shape in enumerate(shapes) if shape in bars]
         ratios = [float(bars[shape]["ratio"]) for shape in shapes if shape in bars]
-        axes.barh(places, ratios, height=0.18, label=name)
+        axes.barh(places, ratios, height=0.95 * height, label=name)
         for place, ratio in zip(places, ratios):
             axes.annotate(f" {ratio:.2f}", (min(ratio, 2.0), place), va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)

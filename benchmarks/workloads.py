@@ -1,6 +1,7 @@
 """What is measured: one training step of a fairseq model under each criterion, and its parts."""
 
 import copy
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
@@ -64,6 +65,14 @@ SHAPES = {
     "WMT, 6+6 layers": Shape(32_768, 2_048, 512, 2_048, 6),
     "WikiText-103 LM, 6 layers": Shape(267_744, 1_024, 512, 2_048, 6, language_model=True),
 }
+# On a GPU, where small ones measure how fast Python is.
+GPU_SHAPES = {
+    "IWSLT, 6+6 layers": Shape(10_152, 4_096, 512, 1_024, 6),
+    "WMT, 6+6 layers": Shape(32_768, 4_096, 512, 2_048, 6),
+    "WikiText-103 LM, 6 layers": Shape(267_744, 2_048, 512, 2_048, 6, language_model=True),
+    # Of a language model of today only projection and loss.
+    "V = 128,256, d = 4,096": Shape(128_256, 8_192, 4_096, 0, 0, language_model=True),
+}
 # Of these only the memory of training and validation is measured.
 LARGE = {"LM, V = 200,000, N = 2,048": Shape(200_000, 2_048, 256, 1_024, 1, language_model=True)}
 
@@ -75,7 +84,13 @@ class Training:
     backward pass.
     """
 
-    def __init__(self, shape: Shape, name: str, update: bool = True) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        name: str,
+        update: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         dictionary = Dictionary()
         for i in range(len(dictionary), shape.words):
             # Of every word the neighbors among these few are found, which takes seconds where all
@@ -93,8 +108,8 @@ class Training:
         else:
             self.task = TranslationTask(config.task, dictionary, dictionary)
         torch.manual_seed(1)
-        self.model = self.task.build_model(config.model).to(DEVICE)
-        self.criterion = self.task.build_criterion(config.criterion).train()
+        self.model = self.task.build_model(config.model).to(DEVICE, dtype)
+        self.criterion = self.task.build_criterion(config.criterion).to(dtype).train()
         self.optimizer = optim.build_optimizer(config.optimizer, list(self.model.parameters()))
         self.sample = _sample(shape)
         self.update = update
@@ -154,11 +169,12 @@ def _sample(shape: Shape) -> Dict[str, Any]:
     }
 
 
-def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
+def losses(shape: Shape, dtype: torch.dtype = torch.float32) -> Dict[str, Callable[[], object]]:
     """Return projection and loss alone, from features to gradients, and what bounds them below."""
     torch.manual_seed(1)
-    features = torch.randn(shape.positions, shape.dim, device=DEVICE, requires_grad=True)
-    embedding = (torch.randn(shape.words, shape.dim, device=DEVICE) * 0.05).requires_grad_()
+    like = {"device": DEVICE, "dtype": dtype}
+    features = torch.randn(shape.positions, shape.dim, **like).requires_grad_()
+    embedding = (torch.randn(shape.words, shape.dim, **like) * 0.05).requires_grad_()
     target = torch.randint(shape.words, (shape.positions,), device=DEVICE)
     teacher = SelfTeacher(eligible=torch.arange(_ELIGIBLE))
     teacher.refresh(embedding)
@@ -218,6 +234,34 @@ def losses(shape: Shape) -> Dict[str, Callable[[], object]]:
         found["PyTorch's"] = to_gradients(pytorchs(0.1, 0))
         found["PyTorch's, no smoothing"] = to_gradients(pytorchs(0.0, 0))
         found["PyTorch's, chunked, no smoothing"] = to_gradients(pytorchs(0.0, 256))
+    if DEVICE.type == "cuda":
+        for name, loss in _kernels(features, embedding, target).items():
+            found[name] = to_gradients(loss)
+    return found
+
+
+def _kernels(
+    features: torch.Tensor, embedding: torch.Tensor, target: torch.Tensor
+) -> Dict[str, Callable[[], torch.Tensor]]:
+    """Return the losses of packages that need a GPU, those that are installed."""
+    found: Dict[str, Callable[[], torch.Tensor]] = {}
+    try:
+        liger = importlib.import_module("liger_kernel.transformers")
+        for smoothing, name in ((0.1, "Liger"), (0.0, "Liger, no smoothing")):
+            loss = liger.LigerFusedLinearCrossEntropyLoss(
+                reduction="sum", label_smoothing=smoothing
+            )
+            found[name] = lambda loss=loss: loss(embedding, features, target)
+    except ImportError:
+        pass
+    try:
+        cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+        if features.dtype != torch.float32:
+            found["cut-cross-entropy, no smoothing"] = lambda: cce(
+                features, embedding, target, reduction="sum"
+            )
+    except ImportError:
+        pass
     return found
 
 

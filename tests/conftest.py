@@ -29,6 +29,8 @@ TINY_LM = [
     *("--decoder-attention-heads", "2"),
 ]
 
+# Without these a machine with a GPU may not find its driver, or packages in a folder.
+_OF_THE_MACHINE = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")
 LOADED = multiprocessing.get_context("forkserver")
 # torch loads the last one for its first optimizer.
 LOADED.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo"])
@@ -56,8 +58,9 @@ def be(script, arguments, cwd, output):
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    kept = {name: os.environ[name] for name in _OF_THE_MACHINE if name in os.environ}
     os.environ.clear()
-    os.environ.update(PATH=str(Path(sys.executable).parent), OMP_NUM_THREADS="1")
+    os.environ.update(PATH=str(Path(sys.executable).parent), OMP_NUM_THREADS="1", **kept)
     os.chdir(cwd or ROOT)
     multiprocessing.set_start_method(None, force=True)  # of the workers that load data
     sys.argv = [str(script), *map(str, arguments)]
