@@ -1,10 +1,10 @@
 """Soft targets of self-knowledge distillation: the model's own word vectors are the teacher.
 
-Words that are near the target in the output projection get part of its probability. The rule and
-the cap for one candidate, ``q = min(0.5, exp(-distance^2 / sigma^2))``, are those of the
-unofficial reimplementation of Hahn and Choi, "Self-Knowledge Distillation in Natural Language
-Processing" (RANLP 2019); several candidates, the k nearest words and the automatic sigma are this
-project's own.
+Words that are near the target in the output projection get part of its probability. That is the
+idea of Hahn and Choi, "Self-Knowledge Distillation in Natural Language Processing" (RANLP 2019); an
+affinity that falls with the squared distance, and the cap of 0.5, are those of an unofficial
+reimplementation, which has ``q = min(0.5, exp(-sigma distance^2))`` for the predicted word alone.
+Several candidates, the k nearest words and the automatic sigma are this project's own.
 """
 
 from typing import NamedTuple, Optional, Union
