@@ -16,9 +16,9 @@ lies in another page. On two cores (AVX2, MKL, d = 512 and 256) the product that
 products together about 1.1 times.
 
 Half precision. Logits have the type that ``F.linear`` would give them; everything else is float32,
-but for the operands of products. A float16 operand is multiplied by a power of two of our own
-before it is rounded, and the sum of the products, which is float32, divided by it. So no gradient
-depends on the loss scale, which is known only when the backward pass begins.
+but for the operands of products, whose sums are float32. A float16 operand is multiplied by a power
+of two of our own before it is rounded, and the sum divided by it. So no gradient depends on the
+loss scale, which is known only when the backward pass begins.
 
 Indices are along the last dimension everywhere, by way of a transposed view where that is not the
 one that is meant: up to torch 2.5.1 the CPU's ``gather`` and ``scatter_add`` along dimension 0
@@ -264,7 +264,8 @@ def _compute(
         features = features.masked_fill(problem.ignored.unsqueeze(1), 0).to(problem.compute)
         embedding = embedding.to(problem.compute)
         num_positions, num_words = len(features), len(embedding)
-        float16 = problem.compute == torch.float16
+        rounded = problem.compute != wide
+        scale = _FLOAT16_SCALE if problem.compute == torch.float16 else 1.0
         teacher = problem.soft_target
         per_block = isinstance(teacher, SelfTeacher) and teacher.needs_prediction
         soft = None
@@ -288,11 +289,11 @@ def _compute(
             grad_embedding = features.new_zeros(embedding.shape, dtype=wide)
             if row_sum is not None:
                 column = features.new_zeros(embedding.size(1), dtype=wide)
-            if float16:
+            if rounded:
                 # The largest factor's power of two, so that no position leaves float16's range.
                 largest = factors.abs().amax() if num_positions else factors.new_ones(())
                 unit = largest.clamp(min=torch.finfo(wide).tiny).log2().ceil().exp2()
-                factor = unit / _FLOAT16_SCALE
+                factor = unit / scale
 
         # Rows beyond the vocabulary fill the last group of the search for the largest logits.
         padded_words = -(-num_words // _GROUP) * _GROUP
@@ -345,12 +346,14 @@ def _compute(
                 continue
 
             # The gradient softmax(z) - s is a column of exponentials less s * normalizer, all
-            # divided by the normalizer: that goes to the narrow side of both products. float16
-            # has no room for a normalizer of V, so there it does not.
+            # divided by the normalizer: that goes to the narrow side of both products, unless its
+            # rounding would be seen there. So would that of softmax(z) without u.
             assert factors is not None
-            if float16:
-                exponentials.mul_(_FLOAT16_SCALE / normalizer)
-                sparse = weights * -_FLOAT16_SCALE
+            if rounded:
+                everywhere = torch.zeros_like(largest) if uniform is None else -scale * uniform
+                torch.addcmul(everywhere, exponentials, scale / normalizer, out=exponentials)
+                uniform = None
+                sparse = weights * -scale
                 narrow = factors[part]
             else:
                 sparse = weights * -normalizer.unsqueeze(1)
@@ -359,21 +362,19 @@ def _compute(
             gradient = exponentials.to(problem.compute)
             if grad_features is not None:
                 grad_x = _product(gradient.t(), embedding, wide)
-                if float16:
-                    grad_x.mul_(1 / _FLOAT16_SCALE)
-                grad_x.mul_(narrow.unsqueeze(1))
+                grad_x.mul_((narrow / scale).unsqueeze(1))
                 if uniform is not None:
                     assert row_sum is not None
                     grad_x.addcmul_((factors[part] * uniform).unsqueeze(1), row_sum, value=-1)
                 grad_features[part] = grad_x
             if grad_embedding is not None:
-                if float16:
+                if rounded:
                     narrow = narrow / unit
                 scaled = (narrow.unsqueeze(1) * x).to(problem.compute)
-                if wide == problem.compute:
-                    grad_embedding.addmm_(gradient, scaled)
-                else:
+                if rounded:
                     grad_embedding += _product(gradient, scaled, wide)
+                else:
+                    grad_embedding.addmm_(gradient, scaled)
                 if uniform is not None:
                     assert column is not None
                     column -= (factors[part] * uniform) @ x.to(wide)
@@ -388,15 +389,18 @@ def _compute(
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """Return a @ b, of whatever type they are, in float32 (float64 for float64).
 
-    A float16 result could overflow, and must be float32 from the first sum on.
+    It is float32 from the first sum on: rounded in between, a gradient would have a larger error
+    than that of one product over all positions, and in float16 it could overflow. A CPU computes
+    products of half precision no faster.
     """
     if a.dtype == wide:
         return torch.mm(a, b)
-    if a.device.type == "cuda" and torch.version.cuda and TorchVersion(torch.__version__) >= "2.8":
-        return torch.mm(a, b, out_dtype=wide)  # type: ignore[call-overload]
-    if a.dtype == torch.float16:
-        return torch.mm(a.to(wide), b.to(wide))
-    return torch.mm(a, b).to(wide)
+    if a.device.type == "cuda" and torch.version.cuda:
+        if TorchVersion(torch.__version__) >= "2.8":
+            return torch.mm(a, b, out_dtype=wide)  # type: ignore[call-overload]
+        if a.dtype == torch.bfloat16:
+            return torch.mm(a, b).to(wide)
+    return torch.mm(a.to(wide), b.to(wide))
 
 
 def _argmax(padded: Tensor) -> Tensor:

@@ -289,18 +289,21 @@ def test_autocast_computes_products_in_its_own_type(reduction):
         assert_close(mine, theirs, 1e-2)
 
 
-def half_precision_errors(dtype, words, confidence, loss_scale, reduction):
-    """Largest errors of gradients: ours and fairseq's, both against float64, per gradient."""
+@pytest.mark.parametrize("words", [50, 5_000, 100_000])
+@pytest.mark.parametrize("confidence", [0.0, 12.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_exact_as_fairseqs_loss(words, confidence, dtype):
+    """Errors of gradients against float64, ours and fairseq's, whatever the loss scale."""
     generator = torch.Generator().manual_seed(words)
-    positions, dim = 24, 32
+    positions, dim = 24, 64
     embedding = (torch.randn(words, dim, generator=generator) / dim**0.5).to(dtype)
     target = torch.randint(words, (positions,), generator=generator)
     features = torch.randn(positions, dim, generator=generator)
     # Confident: features along the target's vector, so that its logit leads by far.
     features = (features + confidence * embedding.float()[target]).to(dtype)
 
-    def gradients(loss_of, to):
-        leaves = [x.to(to).requires_grad_() for x in (features, embedding)]
+    def gradients(loss_of, to, loss_scale=1):
+        leaves = [x.detach().clone().to(to).requires_grad_() for x in (features, embedding)]
         (loss_of(*leaves) * loss_scale).backward()
         return [leaf.grad.double() / loss_scale for leaf in leaves]
 
@@ -309,30 +312,25 @@ def half_precision_errors(dtype, words, confidence, loss_scale, reduction):
         wide = torch.promote_types(logits.dtype, torch.float32)
         return label_smoothed_nll_loss(F.log_softmax(logits, 1, dtype=wide), target, 0.1)[0]
 
-    def ours(x, w):
-        return self_kd_linear_cross_entropy(
-            x, w, target, None, 0.1, reduction=reduction, block_bytes=4 * words * 16
+    def ours(reduction):
+        settings = {"reduction": reduction, "block_bytes": 4 * words * 10}
+        return lambda x, w: self_kd_linear_cross_entropy(
+            x, w, target, None, 0.1, **settings
         ).loss.sum()
 
     exact = gradients(fairseqs, torch.float64)
-    found = []
-    for g_ours, g_theirs, g in zip(gradients(ours, dtype), gradients(fairseqs, dtype), exact):
-        found.append(((g_ours - g).norm().item(), (g_theirs - g).norm().item()))
-    return found
-
-
-@pytest.mark.parametrize("words", [50, 5_000, 100_000])
-@pytest.mark.parametrize("confidence", [0.0, 12.0])
-@pytest.mark.parametrize("loss_scale", [1, 128, 65_536])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_as_exact_as_fairseqs_loss(words, confidence, loss_scale, dtype):
-    if loss_scale == 65_536 and dtype == torch.float16:
-        loss_scale = 1_024  # sums over positions and words leave its range, in fairseq's loss too
-    for reduction in ("sum", "none"):
-        for ours, fairseqs in half_precision_errors(
-            dtype, words, confidence, loss_scale, reduction
-        ):
-            assert ours <= fairseqs * 1.01, reduction
+    for loss_scale in (1, 128, 65_536):
+        theirs = gradients(fairseqs, dtype, loss_scale)
+        for reduction in ("sum", "none"):
+            found = zip(gradients(ours(reduction), dtype, loss_scale), theirs, exact)
+            for mine, other, right in found:
+                # With a large loss scale float16 cannot hold some values: the same for both.
+                fits = (right * loss_scale).abs() < torch.finfo(dtype).max * 0.99
+                assert mine[fits].isfinite().all()
+                fits &= other.isfinite()
+                error, allowed = ((x - right)[fits].norm().item() for x in (mine, other))
+                # Most of both is the rounding of 1,500 results, so they differ by some per cent.
+                assert error <= allowed * 1.05, (loss_scale, reduction, error, allowed)
 
 
 def test_what_float16_cannot_hold_becomes_infinite():
