@@ -15,6 +15,7 @@ from fairseq import utils
 from fairseq.data import Dictionary, LanguagePairDataset, MonolingualDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.models import BaseFairseqModel
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.trainer import Trainer
 from torch.torch_version import TorchVersion
 
@@ -22,6 +23,7 @@ from fairseq_skd.past import TextLayout
 
 __all__ = [
     "allow_fairseqs_checkpoints",
+    "do_without_the_fused_encoder_layer",
     "ordinary_words",
     "remember_words_from_files",
     "target_side_words",
@@ -94,6 +96,25 @@ def remember_words_from_files() -> None:
         self.self_kd_words_end = len(self)
 
     Dictionary.add_from_file = add_from_file
+
+
+def do_without_the_fused_encoder_layer() -> None:
+    """Keep fairseq 0.12.2 from a shortcut in evaluation that torch 2.0 and newer refuse.
+
+    It gives PyTorch's fused encoder layer a mask without its kind ("Mask Type should be defined"),
+    so that no Transformer encoder can translate a padded batch. Later versions do not have it.
+    """
+    original = TransformerEncoderLayerBase.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: TransformerEncoderLayerBase, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if hasattr(self, "can_use_fastpath"):
+            self.can_use_fastpath = False
+
+    TransformerEncoderLayerBase.__init__ = __init__
 
 
 def ordinary_words(dictionary: Any) -> np.ndarray:

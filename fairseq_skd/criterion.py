@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 compatibility.allow_fairseqs_checkpoints()
 compatibility.tell_criteria_of_updates()
 compatibility.remember_words_from_files()
+compatibility.do_without_the_fused_encoder_layer()
 
 
 @dataclass

@@ -111,19 +111,32 @@ def test_values_that_are_not_finite(bad):
 def test_rounded_products_are_not_allowed_for_the_shortlist(monkeypatch):
     """With TF32, which a user may allow, true neighbours would fall out of it."""
     matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        exact, allowed = ("ieee", "ieee"), "tf32"
+
+        def get():
+            return matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+        def set_(value):
+            matmul.fp32_precision = value
+
+    else:  # torch < 2.9
+        exact, allowed = "highest", "high"
+        get, set_ = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     during = []
     addmm = torch.addmm
 
     def watching(*args, **kwargs):
-        during.append((matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        during.append(get())
         return addmm(*args, **kwargs)
 
     monkeypatch.setattr(torch, "addmm", watching)
-    before = matmul.fp32_precision
+    before = get() if isinstance(get(), str) else get()[0]
     try:
-        matmul.fp32_precision = "tf32"
+        set_(allowed)
+        asked = get()
         nearest_neighbors(torch.randn(20, 3), 2)
-        assert matmul.fp32_precision == "tf32"
+        assert get() == asked != exact
     finally:
-        matmul.fp32_precision = before
-    assert set(during) == {("ieee", "ieee")}
+        set_(before)
+    assert set(during) == {exact}
