@@ -2,17 +2,22 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 VENV := .venv
-# The first of these that runs: 3.11 and 3.12 take the dependencies that the tests were run with.
-PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+# The first of these that runs and is a version that setup.py allows.
+PYTHON := $(shell for p in python3.11 python3.12 python3.10 python3.9 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 READY := $(VENV)/ready
 
-.PHONY: quickstart test lint benchmark gpu results clean
+.PHONY: quickstart test test-matrix lint benchmark gpu results clean
 
 quickstart: $(READY)
 	@$(VENV)/bin/python examples/quickstart/run.py $(if $(PAIRS),--pairs "$(PAIRS)")
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+# Every combination of Python and torch that README.md lists; hours and gigabytes. SESSION names one.
+test-matrix: $(READY)
+	$(VENV)/bin/nox $(if $(SESSION),-s "$(SESSION)")
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -34,8 +39,9 @@ results: $(READY)
 # torch alone and first, so that no other package chooses its version.
 $(READY): setup.py constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON) (once; a few minutes)"
-	@test -n "$(PYTHON)" || { echo "No Python was found; Python 3.11 is needed" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python from 3.9 to 3.12 was found (fairseq has no build for 3.13); PYTHON=... names one" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 11))' || $(VENV)/bin/python -m pip install --quiet --progress-bar off 'pip<24.1'
 	$(VENV)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -10,7 +10,7 @@ exec((HERE / "fairseq_skd" / "version.py").read_text(encoding="utf-8"), VERSION)
 
 # fairseq's last official release, 0.12.2, needs Python 3.10 or older and omegaconf 2.0, whose
 # metadata pip 24.1 and newer refuse. ve-fairseq is its later main branch with the repairs that
-# Python 3.11 needs; it installs the same package, fairseq.
+# Python 3.11 needs; it installs the same package, fairseq. For Python 3.13 it has no wheel.
 NEW, OLD = 'python_version >= "3.11"', 'python_version < "3.11"'
 RECIPES = ["sacremoses", "subword-nmt"]
 
@@ -23,7 +23,7 @@ setup(
     license="MIT",
     packages=["fairseq_skd"],
     package_data={"fairseq_skd": ["py.typed"]},
-    python_requires=">=3.8",
+    python_requires=">=3.9,<3.13",
     install_requires=[
         f"ve-fairseq>=0.12.3,<0.13; {NEW}",
         f"hydra-core>=1.3,<1.4; {NEW}",
@@ -46,6 +46,7 @@ setup(
             "lxml",
             "matplotlib",
             "mypy",
+            "nox",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
