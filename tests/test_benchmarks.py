@@ -1,14 +1,18 @@
 """The benchmarks run, on a tiny shape; no time is asserted."""
 
 import logging
+import re
+import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import report
 from benchmarks.measure import added_memory, percentiles
 from benchmarks.workloads import CRITERIA, Shape
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,15 @@ def test_percentiles_and_memory():
     assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "p20": 1.8, "p80": 4.2}
     kept = []
     assert added_memory(lambda: kept.append(bytearray(b"x") * 64 * 2**20)) >= 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_the_script_for_a_gpu_says_so_where_there_is_none():
+    script = [str(ROOT / "benchmarks" / "gpu.sh")]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
+    done = subprocess.run(script, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1
+    assert re.search(r"torch \S+ finds no GPU; --trial tries the script without one", done.stderr)
+    done = subprocess.run([*script, "--fast"], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "there is no option --fast" in done.stderr
