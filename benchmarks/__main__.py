@@ -130,6 +130,8 @@ def _measure(
 
 
 def _save(rows: List[report.Row], conditions: report.Row, path: Path) -> None:
+    if not rows:
+        return
     order = [STEP, GRADIENTS, LOSS, STEP_MEMORY, START_MEMORY, VALIDATION_MEMORY, MEMORY, REFRESH]
     found = sorted(rows, key=lambda row: order.index(row["what"]))
     report.write([{**row, **conditions} for row in found], path)

@@ -130,7 +130,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     and: with neighbours, if the checkpoint was made at an update that is a multiple of
     ``--self-kd-refresh-interval``, or before distillation had begun, since then both measure the
     neighbours from the same weights; with `past`, if nothing was trained after the checkpoint that
-    the run is resumed from.
+    the run is resumed from (and, on a GPU, the run was not killed: the last batch's record is
+    written with the next one, or at the end).
 
     Parameters
     ----------
@@ -190,10 +191,11 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         """
         self._num_updates = num_updates
         self._save_dir = save_dir
-        self._sentences = deque(
-            sample["id"].numpy() if isinstance(sample, dict) and "id" in sample else None
-            for sample in samples
-        )
+        if self.options.candidates == "past":
+            self._sentences = deque(
+                sample["id"].cpu().numpy() if isinstance(sample, dict) and "id" in sample else None
+                for sample in samples
+            )
 
     def forward(
         self, model: Any, sample: Dict[str, Any], reduce: bool = True
@@ -220,14 +222,14 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         """
         if not (self.training and model.training):
             return self._evaluate(model, sample, reduce)
-        weight = self._weight()
+        sentences = self._which_sentences(sample)
+        alpha = weight = self._weight()
         projection = self._projection(model)
         together = reduce and projection.features_suffice
         net_output = model(**sample["net_input"], **({"features_only": True} if together else {}))
         if not together:
             projection = self._projection(model)  # weight normalisation has just remade it
         target = self._targets(model, net_output, sample)
-        sentences = self._which_sentences(sample)
         source: Union[SoftTarget, SelfTeacher, None]
         if self.options.candidates == "past":
             source = self._past_of(weight, sentences, sample)
@@ -242,8 +244,9 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 result = {name: value.sum() for name, value in result.items()}
         if top is not None and sentences is not None:
             width = sample["target"].size(1)
-            skip = self.ignore_prefix_size
-            self._past_predictions().write(sentences, width, top, self._updates_done(), skip)
+            self._past_predictions().write(sentences, width, top, self._updates_done())
+        if alpha == 0:
+            del result["self_kd_loss"], result["self_kd_mass"]
         loss = result.pop("loss")
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         positions = target.ne(self.padding_idx).sum()
@@ -252,7 +255,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
-            "self_kd_weight": weight * positions,
+            "self_kd_weight": alpha * positions,
             "self_kd_ntokens": positions,
             **result,
         }
@@ -273,6 +276,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         net_output = model(**sample["net_input"], features_only=True)
         target = self._targets(model, net_output, sample)
         result, _ = self._linear_loss(net_output, target, 0.0, projection, None)
+        del result["self_kd_loss"], result["self_kd_mass"]
         loss = result.pop("loss")
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -297,7 +301,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         """Project and compute the loss together; sums."""
         features = net_output[0][:, self.ignore_prefix_size :]
         features = features.reshape(-1, features.size(-1))
-        if self.training and self._first("linear", weight):
+        if self.training and len(target) and self._first("linear", weight):
             check_linear_loss(
                 *(features, projection.weight, target, source, self.eps, weight, self.padding_idx)
             )
@@ -313,10 +317,10 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             top_k=self._recorded_words(),
         )
         result = {"loss": losses.loss, "nll_loss": losses.nll_loss}
+        # Also of a dummy batch: every worker has to log the same, or they cannot be added up.
+        result.update(self_kd_loss=losses.self_kd_loss, self_kd_mass=losses.mass)
         if losses.correct is not None:
             result["n_correct"] = losses.correct
-        if weight > 0:
-            result.update(self_kd_loss=losses.self_kd_loss, self_kd_mass=losses.mass)
         return result, losses.top
 
     def _loss(
@@ -338,7 +342,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             source = soft_target_of(source, scores.detach(), target, projection.weight)
         settings = (target, source, self.eps, weight, self.padding_idx)
         if projection.plain_softmax:
-            if self._first("logits", weight):
+            if len(target) and self._first("logits", weight):
                 check_loss(scores, *settings)
             losses = self_kd_cross_entropy(
                 scores,
@@ -356,9 +360,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         result = {"loss": losses.loss, "nll_loss": losses.nll_loss.detach()}
         if self.report_accuracy:
             result["n_correct"] = target.ne(self.padding_idx) & scores.argmax(1).eq(target)
-        if weight > 0:
-            result["self_kd_loss"] = losses.self_kd_loss.detach()
-            result["self_kd_mass"] = losses.mass.detach()
+        result["self_kd_loss"] = losses.self_kd_loss.detach()
+        result["self_kd_mass"] = losses.mass.detach()
         return {name: value.unsqueeze(1) for name, value in result.items()}, top
 
     def _targets(self, model: Any, net_output: Any, sample: Dict[str, Any]) -> Tensor:
@@ -457,9 +460,13 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         return self.options.top_k if records else 0
 
     def _which_sentences(self, sample: Dict[str, Any]) -> Optional[np.ndarray]:
-        """Return the indices of a batch's sentences, for `past`; None for a dummy batch."""
+        """Return the indices of a batch's sentences, for `past`; None for a dummy batch.
+
+        Before the model's forward pass, so that one that runs out of memory takes its own along.
+        """
         if not self._recorded_words():
             return None
+        self._past_predictions()  # of every process at once, also of one with a dummy batch
         if self._sentences:
             return self._sentences.popleft()
         return sample["id"].cpu().numpy()  # waits for the device: a loop of one's own
@@ -470,8 +477,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if weight == 0 or sentences is None:
             return None
         target = sample["target"]
-        skip = self.ignore_prefix_size
-        return self._past_predictions().read(sentences, target.size(1), skip, target.device)
+        done = self._updates_done()
+        return self._past_predictions().read(sentences, target.size(1), done, target.device)
 
     def _past_predictions(self) -> PastPredictions:
         """Open the file at the first batch: only then all processes are there, and the text."""
@@ -486,6 +493,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 compatibility.text_layout(self.task),
                 self.options.top_k,
                 self._updates_done(),
+                self.ignore_prefix_size,
                 lambda line: logger.info(f"self_kd: {line}"),
             )
             atexit.register(self._past.flush)  # what is still being copied from a GPU

@@ -27,7 +27,7 @@ take an index of shape 1 x N or N x 1 for an expanded one and are silently wrong
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -35,7 +35,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
-from fairseq_skd.loss import TopWords, check_arguments, distilled, known_targets, training_target
+from fairseq_skd.loss import (
+    TopWords,
+    check_arguments,
+    distilled,
+    known_soft_target,
+    known_targets,
+    training_target,
+)
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
 __all__ = ["LinearLosses", "self_kd_linear_cross_entropy"]
@@ -152,7 +159,7 @@ def self_kd_linear_cross_entropy(
         raise ValueError(f"reduction is {reduction!r}; allowed: sum, none")
     device = features.device.type
     compute = features.dtype
-    if _autocast_is_on(device):
+    if _autocast_is_on(device) and compute != torch.float64:  # which it leaves alone
         compute = torch.get_autocast_dtype(device)
     elif features.dtype != embedding.dtype:
         raise ValueError(
@@ -160,6 +167,8 @@ def self_kd_linear_cross_entropy(
             "autocast both must be the same"
         )
     target, ignored = known_targets(target, ignore_index, len(embedding))
+    if isinstance(soft_target, SoftTarget) and weight > 0:
+        soft_target = known_soft_target(soft_target, ignored, len(embedding))
     problem = _Problem(
         target,
         ignored,
@@ -319,17 +328,19 @@ def _compute(
             ids, weights, uniform = training_target(
                 target, soft_block, problem.label_smoothing, problem.weight, num_words, wide
             )
-            chosen = by_position.gather(1, ids)
-            if problem.top_k:
-                top_ids[part], top_lprobs[part] = _largest(padded, problem.top_k)
-
             logits = padded[:num_words]
             largest = logits.amax(0)
+            # All of these are less the largest logit, as `loss` says.
+            chosen = by_position.gather(1, ids) - largest.unsqueeze(1)
+            if problem.top_k:
+                found, values_of = _largest(padded, problem.top_k)
+                top_ids[part] = found.clamp_(max=num_words - 1)  # fewer are possible than k
+                top_lprobs[part] = values_of - largest.unsqueeze(1)
             exponentials = logits.sub_(largest).exp_()
             normalizer = exponentials.sum(0)
-            log_normalizer = normalizer.log() + largest
+            log_normalizer = normalizer.log()
             loss = log_normalizer - (weights * chosen).sum(1)
-            total = largest if row_sum is None else x.to(wide) @ row_sum
+            total = largest if row_sum is None else x.to(wide) @ row_sum - num_words * largest
             if uniform is not None:
                 loss -= uniform * total
             values[0][part] = loss
@@ -390,8 +401,9 @@ def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """Return a @ b, of whatever type they are, in float32 (float64 for float64).
 
     It is float32 from the first sum on: rounded in between, a gradient would have a larger error
-    than that of one product over all positions, and in float16 it could overflow. A CPU computes
-    products of half precision no faster.
+    than that of one product over all positions (as in bfloat16 on a GPU with torch before 2.8,
+    which cannot do otherwise), and in float16 it could overflow. A CPU computes products of half
+    precision no faster.
     """
     if a.dtype == wide:
         return torch.mm(a, b)
@@ -491,18 +503,7 @@ class _LossOfPositions(torch.autograd.Function):
         loss, *others = result.values
         ctx.save_for_backward(features, embedding)
         # Without what only the forward pass is asked for; the soft target stays what it was.
-        ctx.problem = _Problem(
-            problem.target,
-            problem.ignored,
-            result.soft_target,
-            problem.label_smoothing,
-            problem.weight,
-            problem.position_weights,
-            False,
-            0,
-            problem.compute,
-            problem.block_positions,
-        )
+        ctx.problem = replace(problem, soft_target=result.soft_target, count_correct=False, top_k=0)
         ctx.wanted = wanted
         ctx.mark_non_differentiable(*others)
         return (problem.factors(1.0, loss.dtype) * loss, *others)

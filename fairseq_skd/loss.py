@@ -14,6 +14,9 @@ sparse ones, ``s_j = alpha q_j`` with ``(1 - alpha)(1 - eps - eps/(V-1))`` more 
     loss = logsumexp(z) - sum_j s_j z_j - u sum_v z_v
     d loss / d z = softmax(z) - s - u
 
+The largest logit is subtracted from all of them first, which changes nothing in these equations:
+a loss near 0 is then the logarithm of a sum near 1, and no difference of two large numbers.
+
 `reference_loss` is the first set of equations, to be read and to be tested against.
 `self_kd_cross_entropy` is the second.
 """
@@ -22,6 +25,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
@@ -118,11 +122,12 @@ def reference_loss(
     ignored = target.eq(ignore_index)
     lprobs = lprobs.masked_fill(ignored.unsqueeze(1), 0)
     target = target.masked_fill(ignored, 0)
-    eps_i = label_smoothing / (num_words - 1)
+    eps_i = label_smoothing / max(num_words - 1, 1)
     nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
     loss = (1 - label_smoothing - eps_i) * nll - _weighed(eps_i, lprobs).sum(1)
     kd = mass = torch.zeros_like(nll)
     if soft_target is not None:
+        soft_target = known_soft_target(soft_target, ignored, num_words)
         share = 1 if soft_target.share is None else soft_target.share.to(lprobs)
         weights = soft_target.weights.to(lprobs)
         rest = soft_target.rest.unsqueeze(1).to(lprobs) / num_words
@@ -139,7 +144,8 @@ def reference_loss(
 
 def _weighed(weights: Union[float, Tensor], values: Tensor) -> Tensor:
     """Multiply, with 0 times minus infinity being 0: what is never trained may be impossible."""
-    weights = torch.as_tensor(weights, dtype=values.dtype, device=values.device)
+    if not isinstance(weights, Tensor):
+        return weights * values if weights else torch.zeros_like(values)
     return weights * values.masked_fill(weights == 0, 0)
 
 
@@ -170,7 +176,7 @@ def training_target(
     dtype: torch.dtype = torch.float32,
 ) -> TrainingTarget:
     """Mix the label-smoothed target and the soft target; weights have the given ``dtype``."""
-    on_others = label_smoothing / (num_words - 1)
+    on_others = label_smoothing / max(num_words - 1, 1)
     on_target = 1 - label_smoothing - on_others
     ids = target.unsqueeze(1)
     if soft_target is None:
@@ -195,7 +201,8 @@ def distilled(
 ) -> Tuple[Tensor, Tensor]:
     """Return the cross-entropy to the soft target and the mass, each times the share.
 
-    ``chosen`` are the logits of the soft target's words (N x C), ``total`` the sum of all.
+    ``chosen`` are the logits of the soft target's words (N x C), ``total`` the sum of all, and
+    ``log_normalizer`` their logsumexp: all of them, or none, less the largest logit.
     """
     weights = soft_target.weights.to(chosen)
     rest = soft_target.rest.to(chosen) / num_words
@@ -251,6 +258,25 @@ def known_targets(target: Tensor, ignore_index: int, num_words: int) -> Tuple[Te
         f"{ignore_index} for positions that do not count",
     )
     return target, ignored
+
+
+def known_soft_target(soft_target: SoftTarget, ignored: Tensor, num_words: int) -> SoftTarget:
+    """Return a soft target without what it holds at positions that do not count.
+
+    Raises
+    ------
+    RuntimeError
+        If an id is no word, as for `known_targets`.
+    """
+    rows = ignored.unsqueeze(1)
+    ids = soft_target.ids.masked_fill(rows, 0)
+    torch._assert_async(
+        ((ids >= 0) & (ids < num_words)).all(),
+        f"self-KD: an id of the soft target is out of bounds; allowed: 0 to {num_words - 1}",
+    )
+    share = soft_target.share
+    share = None if share is None else share.masked_fill(ignored, 0)
+    return SoftTarget(ids, soft_target.weights.masked_fill(rows, 0), share)
 
 
 def self_kd_cross_entropy(
@@ -329,6 +355,8 @@ def self_kd_cross_entropy(
     if isinstance(soft_target, SelfTeacher):
         prediction = logits.detach().argmax(1) if soft_target.needs_prediction else None
         soft_target = soft_target.soft_target(target, prediction, embedding)
+    if soft_target is not None:
+        soft_target = known_soft_target(soft_target, ignored, num_words)
     wide = torch.promote_types(logits.dtype, torch.float32)
     mixed = training_target(target, soft_target, label_smoothing, weight, num_words, wide)
     loss, log_normalizer, chosen, total = _ClosedForm.apply(
@@ -341,13 +369,17 @@ def self_kd_cross_entropy(
     top = None
     if top_k:
         values, ids = logits.detach().topk(min(top_k, num_words), 1)
-        top = TopWords(ids, values.to(wide) - log_normalizer.unsqueeze(1))
+        values = values.to(wide)
+        top = TopWords(ids, values - values[:, :1] - log_normalizer.unsqueeze(1))
     nll, kd, mass = (x.masked_fill(ignored, 0) for x in (nll, kd, mass))
     return Losses(loss, nll, kd, mass, top)
 
 
 class _ClosedForm(torch.autograd.Function):
-    """loss = f (logsumexp(z) - sum_j s_j z_j - u sum z), with its gradient."""
+    """loss = f (logsumexp(z) - sum_j s_j z_j - u sum z), with its gradient.
+
+    It also returns the logsumexp, the chosen logits and the sum of all, of logits less the largest.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -360,14 +392,16 @@ class _ClosedForm(torch.autograd.Function):
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         ids, weights, uniform = mixed
         wide = weights.dtype
-        chosen = logits.gather(1, ids).to(wide)
-        log_normalizer = weights.new_empty(len(logits))
+        largest, normalizer = weights.new_empty(2, len(logits))
         total = weights.new_zeros(len(logits))
         for rows in _row_blocks(logits):
-            block = logits[rows].to(wide)
-            log_normalizer[rows] = torch.logsumexp(block, 1)
+            largest[rows] = logits[rows].amax(1).to(wide)
+            block = logits[rows] - largest[rows].unsqueeze(1)  # wide, and never logits
             if uniform is not None:
                 total[rows] = block.sum(1)
+            normalizer[rows] = block.exp_().sum(1)
+        chosen = logits.gather(1, ids).to(wide) - largest.unsqueeze(1)
+        log_normalizer = normalizer.log()
         loss = log_normalizer - _weighed(weights, chosen).sum(1)
         if uniform is not None:
             loss -= _weighed(uniform, total)
@@ -375,21 +409,23 @@ class _ClosedForm(torch.autograd.Function):
         if position_weights is not None:
             factor *= position_weights.masked_fill(ignored, 0).to(wide)
         loss = (factor * loss).masked_fill_(ignored, 0)
-        ctx.save_for_backward(logits, ids, weights, uniform, ignored, factor, log_normalizer)
+        ctx.save_for_backward(logits, ids, weights, uniform, ignored, factor, largest, normalizer)
         ctx.overwrite = overwrite
         ctx.mark_non_differentiable(log_normalizer, chosen, total)
         return loss, log_normalizer, chosen, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tuple[Optional[Tensor], ...]:  # type: ignore[override]
-        logits, ids, weights, uniform, ignored, factor, log_normalizer = ctx.saved_tensors
+        logits, ids, weights, uniform, ignored, factor, largest, normalizer = ctx.saved_tensors
         result = logits.detach() if ctx.overwrite else torch.empty_like(logits)
         factor = (factor * grad).unsqueeze(1)
         sparse = weights * -factor
         everywhere = None if uniform is None else factor * uniform.unsqueeze(1)
+        factor = factor / normalizer.unsqueeze(1)
         ignored = ignored.unsqueeze(1)
         for rows in _row_blocks(logits):
-            block = logits[rows] - log_normalizer[rows].unsqueeze(1)  # wide, and never logits
+            block = logits[rows] - largest[rows].unsqueeze(1)
             block.exp_().mul_(factor[rows])
             if everywhere is not None:
                 block.sub_(everywhere[rows])

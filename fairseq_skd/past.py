@@ -7,7 +7,7 @@ Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets" (ICC
 the whole distribution; the k words, and sharing the rest among all, are this project's.
 
 All of it lies in one memory-mapped file, in which every sentence has a place of its own: so it does
-not matter in which order, batch, epoch or process sentences come.
+not matter in which order, batch, epoch or process of the machine sentences come.
 """
 
 import contextlib
@@ -56,7 +56,6 @@ class _Record(NamedTuple):
 
     sentences: np.ndarray
     width: int
-    skip: int
     num_updates: int
     ids: Tensor
     probabilities: Tensor
@@ -72,8 +71,9 @@ class PastPredictions:
     Parameters
     ----------
     path : Path
-        The file. It is made if it is missing, or is that of another text, dictionary or k;
-        processes on one machine (or with one shared folder) share it.
+        The file. It is made if it is missing, or is that of another text, dictionary, k or skip.
+        The processes of a run on one machine share it. Two machines must not: a network's file
+        system does not keep their memory the same.
     layout : TextLayout
         Of the training text.
     top_k : int
@@ -81,6 +81,8 @@ class PastPredictions:
     num_updates : int
         Updates done when the run (or the resumed run) begins. What was recorded in later ones is
         dropped: it belongs to another run, or to a part of this one that was lost.
+    skip : int
+        So many positions at the beginning of every sentence are left out of all batches.
     say : callable
         Is told, in a line, what was found or made.
 
@@ -96,10 +98,12 @@ class PastPredictions:
         layout: TextLayout,
         top_k: int,
         num_updates: int = 0,
+        skip: int = 0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.path = path
         self.top_k = top_k
+        self.skip = skip
         self._lengths = layout.lengths.astype(np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._pending: List[_Record] = []
@@ -107,7 +111,8 @@ class PastPredictions:
         sizes = {"updates": 4 * sentences, "ids": 4 * top_k * positions}
         sizes["probabilities"] = 2 * top_k * positions
         total = _HEAD_BYTES + sum(sizes.values())
-        head = {"format": _FORMAT, "fingerprint": layout.fingerprint, "top_k": top_k}
+        head: Dict[str, object] = {"format": _FORMAT, "fingerprint": layout.fingerprint}
+        head.update(top_k=top_k, skip=skip)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path):
@@ -131,8 +136,11 @@ class PastPredictions:
             ) from error
 
     def _make(self, path: Path, head: Dict[str, object], total: int) -> str:
-        was = " (what was there belongs to another text, dictionary or k)" if path.exists() else ""
-        free = shutil.disk_usage(path.parent).free + (path.stat().st_size if was else 0)
+        was = ""
+        if path.exists():
+            was = " (what was there belongs to another text, dictionary, k or prefix)"
+            path.unlink()  # makes room; processes that still have it keep it
+        free = shutil.disk_usage(path.parent).free
         needed = f"{total / 1e9:.2f} GB ({len(self._lengths)} sentences, k = {self.top_k})"
         if total > free:
             raise PastError(
@@ -141,11 +149,15 @@ class PastPredictions:
                 "--self-kd-top-k less of it"
             )
         partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(json.dumps(head).encode().ljust(_HEAD_BYTES))
-            # Reserved now, so that it cannot run out in the middle of the training.
-            os.posix_fallocate(file.fileno(), 0, total)
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(json.dumps(head).encode().ljust(_HEAD_BYTES))
+                # Reserved now, so that it cannot run out in the middle of the training.
+                os.posix_fallocate(file.fileno(), 0, total)
+            partial.replace(path)
+        finally:
+            if partial.exists():  # something went wrong
+                partial.unlink()
         return f"{path} made for {needed}; {free / 1e9:.1f} GB were free{was}"
 
     def _map(
@@ -171,10 +183,10 @@ class PastPredictions:
         self,
         sentences: np.ndarray,
         width: int,
-        skip: int = 0,
+        num_updates: int,
         device: Optional[torch.device] = None,
     ) -> SoftTarget:
-        """Return what was recorded of a batch.
+        """Return what was recorded of a batch before the update that is being computed.
 
         Parameters
         ----------
@@ -182,15 +194,17 @@ class PastPredictions:
             int64, B: their indices.
         width : int
             T: positions of each in the batch, padding at the end.
-        skip : int
-            So many positions at the beginning are left out.
+        num_updates : int
+            Updates done. A record of this update does not count: fairseq computes one again after
+            an overflow, and would learn from the attempt before.
         device : torch.device, optional
             Of the result. The copy does not wait for it.
 
         Returns
         -------
         SoftTarget
-            Of B x (T - skip) positions: N x k. ``share`` is 0 where nothing was recorded.
+            Of B x (T - skip) positions: N x k. ``share`` is 0 where nothing was recorded, or
+            something that is not finite.
 
         Raises
         ------
@@ -198,8 +212,9 @@ class PastPredictions:
             If the batch is longer or shorter than its sentences.
         """
         self.flush()
-        rows, real = self._rows(sentences, width, skip)
-        seen = (self._updates[sentences] > 0)[:, None] & real
+        rows, real = self._rows(sentences, width)
+        updates = self._updates[sentences]
+        seen = ((updates > 0) & (updates <= num_updates))[:, None] & real
         ids = np.where(seen[..., None], self._ids[rows], 0).reshape(-1, self.top_k)
         probabilities = np.where(seen[..., None], self._probabilities[rows], 0)
         arrays = (
@@ -209,16 +224,14 @@ class PastPredictions:
         )
         return SoftTarget(*(_to(torch.from_numpy(array), device) for array in arrays))
 
-    def write(
-        self, sentences: np.ndarray, width: int, top: TopWords, num_updates: int, skip: int = 0
-    ) -> None:
+    def write(self, sentences: np.ndarray, width: int, top: TopWords, num_updates: int) -> None:
         """Record what the model gives to the words of a batch now.
 
         From a GPU it is copied meanwhile, and written at the next call (or `flush`).
 
         Parameters
         ----------
-        sentences, width, skip
+        sentences, width
             As for `read`.
         top : TopWords
             N x k.
@@ -235,7 +248,7 @@ class PastPredictions:
             )
             event = torch.cuda.Event()
             event.record()
-        record = _Record(sentences, width, skip, num_updates, ids, probabilities, event)
+        record = _Record(sentences, width, num_updates, ids, probabilities, event)
         self._pending.append(record)
         if event is None:
             self.flush()
@@ -244,24 +257,30 @@ class PastPredictions:
         """Write what has been copied from the device since the last call."""
         for record in self._pending:
             if record.event is not None:
-                record.event.synchronize()  # of the step before, which has long passed it
-            rows, real = self._rows(record.sentences, record.width, record.skip)
+                # Of the batch before. At most its forward pass is waited for.
+                record.event.synchronize()
+            rows, real = self._rows(record.sentences, record.width)
             shape = (*rows.shape, self.top_k)
+            probabilities = record.probabilities.numpy().reshape(shape)
             self._updates[record.sentences] = 0
             self._ids[rows[real]] = record.ids.numpy().reshape(shape)[real]
-            self._probabilities[rows[real]] = record.probabilities.numpy().reshape(shape)[real]
-            self._updates[record.sentences] = record.num_updates + 1
+            self._probabilities[rows[real]] = probabilities[real]
+            # What has overflowed must not come back an epoch later.
+            finite = (np.isfinite(probabilities).all(2) | ~real).all(1)
+            self._updates[record.sentences] = np.where(finite, record.num_updates + 1, 0)
         self._pending.clear()
 
-    def _rows(self, sentences: np.ndarray, width: int, skip: int) -> Tuple[np.ndarray, np.ndarray]:
+    def _rows(self, sentences: np.ndarray, width: int) -> Tuple[np.ndarray, np.ndarray]:
         """Return the file's row of every position (B x T), and whether there is one."""
         lengths = self._lengths[sentences]
         if len(sentences) and lengths.max() != width:
             raise PastError(
                 f"a batch has {width} positions a sentence, and its longest one {lengths.max()} in "
-                "the data set: --self-kd-candidates past needs text that is the same in every epoch"
+                "the data set: --self-kd-candidates past needs text that is the same in every "
+                "epoch, as long as in the data set (no --add-bos-token or "
+                "--required-seq-len-multiple)"
             )
-        places = np.arange(skip, max(width, skip))
+        places = np.arange(self.skip, max(width, self.skip))
         real = places < lengths[:, None]
         return np.where(real, self._starts[sentences][:, None] + places, 0), real
 

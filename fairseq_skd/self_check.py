@@ -28,6 +28,7 @@ _BYTES = 4 * 2**20
 # objective is of the size of the gradient itself.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 _HALF_TOLERANCE = 0.1
+_SMALL = 1e-2
 
 
 class LossCheckError(RuntimeError):
@@ -53,6 +54,8 @@ def check_linear_loss(
         If the loss or a gradient differs by more than rounding.
     """
     rows = _rows(len(features), len(embedding), features.device)
+    if not len(rows):
+        return
     target, features = target[rows], features.detach()[rows]
     settings = label_smoothing, weight, ignore_index
     logits = F.linear(features, embedding.detach()).detach().requires_grad_()
@@ -65,11 +68,13 @@ def check_linear_loss(
         loss = self_kd_linear_cross_entropy(x, w, target, soft, *settings).loss
         grad_x, grad_w = torch.autograd.grad(loss, [x, w])
     with torch.no_grad():
-        errors = [_error(loss, expected), _error(grad_x, slopes @ w.to(slopes.dtype))]
+        errors = [_error(loss, expected, len(rows))]
+        errors.append(_error(grad_x, slopes @ w.to(slopes.dtype), _largest(w)))
         # In parts, since there need not be room for two gradients of the table.
         x = features.to(slopes.dtype)
+        allowed = torch.maximum(_largest(x), _largest(grad_w) / _SMALL)
         for part in torch.arange(len(w), device=w.device).split(2**11):
-            errors.append(_error(grad_w[part], slopes[:, part].t() @ x, grad_w))
+            errors.append(_error(grad_w[part], slopes[:, part].t() @ x, allowed))
     _judge("self_kd_linear_cross_entropy", torch.stack(errors), embedding)
 
 
@@ -83,8 +88,10 @@ def check_loss(
 ) -> None:
     """Compare `self_kd_cross_entropy` with `reference_loss` as `check_linear_loss` does."""
     rows = _rows(len(logits), logits.size(1), logits.device)
+    if not len(rows):
+        return
     target = target[rows]
-    soft = None if soft_target is None else soft_target.at(rows)
+    soft = _at(soft_target, rows, logits[rows], target, logits)
     settings = label_smoothing, weight, ignore_index
     with torch.enable_grad():
         z = logits.detach()[rows].requires_grad_()
@@ -92,7 +99,8 @@ def check_loss(
         loss = self_kd_cross_entropy(z, target, soft, *settings).loss.sum()
         pairs = [(loss, expected)]
         pairs.append((torch.autograd.grad(loss, z)[0], torch.autograd.grad(expected, z)[0]))
-    errors = [_error(ours.detach(), theirs.detach()) for ours, theirs in pairs]
+    scales = len(rows), 1.0
+    errors = [_error(a.detach(), b.detach(), scale) for (a, b), scale in zip(pairs, scales)]
     _judge("self_kd_cross_entropy", torch.stack(errors), logits)
 
 
@@ -117,6 +125,10 @@ def _at(
     target: Tensor,
     embedding: Tensor,
 ) -> Optional[SoftTarget]:
+    if isinstance(soft, SoftTarget) and soft.share is not None:
+        # Of the past, nothing of which need be there yet: what it will be one day.
+        values, ids = logits.detach().float().log_softmax(1).topk(soft.ids.size(1), 1)
+        return SoftTarget(ids, 0.9 * values.exp())
     if isinstance(soft, SelfTeacher):
         # The same one for both losses: of two nearly equal logits either may come out first.
         return soft_target_of(soft, logits.detach(), target, embedding)
@@ -131,13 +143,22 @@ def _reference(
     return reference_loss(lprobs, target, soft, *settings).loss.sum()  # type: ignore[arg-type]
 
 
-def _error(ours: Tensor, expected: Tensor, scale: Optional[Tensor] = None) -> Tensor:
-    """Return the largest difference, relative to the largest value of ``scale``."""
-    low, high = (expected if scale is None else scale).aminmax()  # makes nothing of its size
-    largest = torch.maximum(-low, high).float().clamp(min=1e-6)
+def _error(ours: Tensor, expected: Tensor, scale: Union[float, Tensor]) -> Tensor:
+    """Return the largest difference, relative to the largest value that is expected.
+
+    ``scale`` is what a value can be of an untrained model: of that at least `_SMALL` counts, since
+    what a model has learnt by heart is lost in rounding, whichever way it is computed.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=expected.device)
+    largest = torch.maximum(_largest(expected), scale * _SMALL).clamp(min=1e-30)
     error = (ours.float() - expected.float()).abs().amax() / largest
     # A model that has diverged is not the loss's fault.
     return torch.where(expected.isfinite().all(), error, torch.zeros_like(error))
+
+
+def _largest(values: Tensor) -> Tensor:
+    low, high = values.detach().aminmax()  # makes nothing of the size of a table
+    return torch.maximum(-low, high).float()
 
 
 def _judge(name: str, errors: Tensor, like: Tensor) -> None:

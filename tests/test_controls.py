@@ -188,7 +188,7 @@ def test_what_the_past_leaves_can_go_to_the_target(build, train_step, tmp_path):
     plain = train_step(built, sample)  # not seen yet: label smoothing
     output = built.model(**sample["net_input"])
     lprobs = built.model.get_normalized_probs(output, log_probs=True).flatten(0, 1).double()
-    ours = train_step(built, sample)
+    ours = train_step(built, sample, 1)
     loss = smoothing = 0.0
     for row, t in zip(lprobs, sample["target"].flatten().tolist()):
         if t == built.task.target_dictionary.pad():

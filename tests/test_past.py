@@ -29,28 +29,30 @@ def words(count, k, seed):
 def test_what_is_written_is_read(tmp_path):
     past = PastPredictions(tmp_path / "past", LAYOUT, 2)
     sentences = np.array([2, 0])
-    assert not past.read(sentences, 4).share.any()
+    assert not past.read(sentences, 4, 99).share.any()
     top = words(8, 2, seed=1)
     past.write(sentences, 4, top, num_updates=7)
     for other in (past, PastPredictions(tmp_path / "past", LAYOUT, 2, num_updates=8)):
-        soft = other.read(sentences, 4)
+        soft = other.read(sentences, 4, 99)
         assert soft.share.tolist() == [1, 1, 1, 1, 1, 1, 1, 0]  # the second one is shorter
         assert soft.ids[:7].equal(top.ids[:7])
         assert torch.allclose(soft.weights[:7], top.lprobs[:7].exp(), rtol=1e-3)
         assert not soft.weights[7].any()
-        # In another order, with others, and without the first position.
-        soft = other.read(np.array([0, 4, 1]), 3, skip=1)
-        assert soft.share.tolist() == [1, 1, 0, 0, 0, 0]
-        assert soft.ids[:2].equal(top.ids[5:7])
+        soft = other.read(np.array([0, 4, 1]), 3, 99)  # in another order, with others
+        assert soft.share.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+        assert soft.ids[:3].equal(top.ids[4:7])
+        # A record of the update itself, which is computed a second time after an overflow.
+        assert not other.read(sentences, 4, 7).share.any()
+        assert other.read(sentences, 4, 8).share.any()
     past.write(np.array([1]), 1, words(1, 2, seed=2), num_updates=9)
-    assert past.read(sentences, 4).ids[:7].equal(top.ids[:7])  # neighbours in the file stay
+    assert past.read(sentences, 4, 99).ids[:7].equal(top.ids[:7])  # neighbours in the file stay
 
 
 def test_a_file_of_another_text_dictionary_or_k_is_made_anew(tmp_path):
     def seen(layout, k, num_updates=1):
         lines = []
-        past = PastPredictions(tmp_path / "past", layout, k, num_updates, lines.append)
-        found = past.read(np.array([0]), int(layout.lengths[0])).share.any().item()
+        past = PastPredictions(tmp_path / "past", layout, k, num_updates, say=lines.append)
+        found = past.read(np.array([0]), int(layout.lengths[0]), 9).share.any().item()
         past.write(np.array([0]), int(layout.lengths[0]), words(int(layout.lengths[0]), k, 1), 0)
         return found, " ".join(lines)
 
@@ -63,7 +65,7 @@ def test_a_file_of_another_text_dictionary_or_k_is_made_anew(tmp_path):
     ):
         found, said = seen(layout, k)
         assert not found
-        assert "belongs to another text, dictionary or k" in said
+        assert "belongs to another text, dictionary, k or prefix" in said
         assert seen(layout, k)[0]
 
 
@@ -72,9 +74,9 @@ def test_what_was_seen_later_than_the_run_goes_on_from_is_dropped(tmp_path):
     past.write(np.array([0]), 3, words(3, 2, 1), num_updates=4)
     past.write(np.array([2]), 4, words(4, 2, 1), num_updates=5)
     lines = []
-    past = PastPredictions(tmp_path / "past", LAYOUT, 2, 5, lines.append)
-    assert past.read(np.array([0]), 3).share.all()
-    assert not past.read(np.array([2]), 4).share.any()
+    past = PastPredictions(tmp_path / "past", LAYOUT, 2, 5, say=lines.append)
+    assert past.read(np.array([0]), 3, 9).share.all()
+    assert not past.read(np.array([2]), 4, 9).share.any()
     assert "1 of 5 sentences in it were seen after update 5" in lines[-1]
 
 
@@ -94,8 +96,8 @@ def test_a_kill_while_a_record_is_written_costs_that_record_alone(tmp_path, monk
     with pytest.raises(Killed):
         past.write(np.array([2]), 4, words(4, 2, 3), num_updates=2)
     again = PastPredictions(tmp_path / "past", LAYOUT, 2, num_updates=9)
-    assert again.read(np.array([0]), 3).share.all()
-    assert not again.read(np.array([2]), 4).share.any()
+    assert again.read(np.array([0]), 3, 9).share.all()
+    assert not again.read(np.array([2]), 4, 9).share.any()
 
 
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
@@ -114,7 +116,7 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
         PastPredictions(tmp_path / "file" / "past", LAYOUT, 2)
     past = PastPredictions(tmp_path / "past", LAYOUT, 2)
     with pytest.raises(PastError, match="has 5 positions a sentence, and its longest one 4 in"):
-        past.read(np.array([2]), 5)
+        past.read(np.array([2]), 5, 9)
 
 
 def test_the_file_takes_six_bytes_a_word(tmp_path):
@@ -177,7 +179,7 @@ def test_the_second_time_it_learns_from_the_first(build, train_step, tmp_path, m
             parameter += 0.1 * torch.randn_like(parameter)
     for sample, before in zip(reversed(built.samples), reversed(befores)):
         loss, kd, mass, gradients = by_definition(built, sample, before, 0.3, prefix=prefix)
-        ours = train_step(built, sample)
+        ours = train_step(built, sample, 1)
         # Probabilities are kept as float16.
         assert ours.loss.item() == pytest.approx(loss, rel=2e-4)
         assert ours.log["self_kd_loss"].item() == pytest.approx(kd, rel=2e-4)
@@ -193,7 +195,7 @@ def test_before_a_sentence_was_seen_it_is_label_smoothing(build, train_step, tmp
     )
     one, other = built.samples[:2]
     train_step(built, one)
-    ours, theirs = train_step(built, other), train_step(plain, other)
+    ours, theirs = train_step(built, other, 1), train_step(plain, other)
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-6)
     assert_same_gradients(ours.gradients, theirs.gradients)
 
@@ -214,8 +216,12 @@ def test_a_dummy_batch_neither_learns_from_it_nor_is_recorded(build, train_step,
     built.model.train()
     built.criterion.begin_update(0, [{}])
     dummy, _, _ = built.criterion(built.model, sample)
-    assert train_step(built, sample).log["self_kd_mass"] == 0  # not seen yet
+    assert train_step(built, sample, 1).log["self_kd_mass"] == 0  # not seen yet
     assert math.isfinite(dummy.item())
+    built.criterion.begin_update(2, [{}])
+    _, _, log = built.criterion(built.model, sample)
+    # The logs of all workers are added up: each must have the same entries.
+    assert log.keys() == train_step(built, sample, 2).log.keys()
 
 
 def test_validation_is_not_recorded(build, tmp_path):
@@ -257,6 +263,38 @@ def test_blocks_of_a_language_model(build, train_step, tmp_path, mode):
         *("--self-kd-past-file", tmp_path / "past"),
         lm=True,
     )
-    for expected in (False, True):
+    for epoch in (0, 1):
         for sample in built.samples:
-            assert (train_step(built, sample).log["self_kd_mass"] > 0) == expected
+            assert (train_step(built, sample, epoch).log["self_kd_mass"] > 0) == bool(epoch)
+
+
+def test_what_is_not_finite_is_not_recorded(tmp_path):
+    past = PastPredictions(tmp_path / "past", LAYOUT, 2)
+    top = words(8, 2, seed=1)
+    top.lprobs[1] = float("nan")
+    top.lprobs[7] = float("nan")  # at padding
+    past.write(np.array([2, 0]), 4, top, num_updates=1)
+    assert past.read(np.array([2, 0]), 4, 9).share.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
+
+
+class FailingModel:
+    """A model whose forward pass needs more memory than there is."""
+
+    def __init__(self, module):
+        self.module = module
+        self.training = True
+
+    def __call__(self, **net_input):
+        raise RuntimeError("out of memory")
+
+
+def test_a_batch_that_runs_out_of_memory_takes_its_sentences_along(build, train_step, tmp_path):
+    built = build(*MODELS["transformer"], *PAST, *NOW, "--self-kd-past-file", tmp_path / "past")
+    lost, other = built.samples[:2]
+    built.model.train()
+    built.criterion.begin_update(0, [lost, other])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        built.criterion(FailingModel(built.model), lost)
+    built.criterion(built.model, other)
+    assert train_step(built, lost, 1).log["self_kd_mass"] == 0
+    assert train_step(built, other, 1).log["self_kd_mass"] > 0

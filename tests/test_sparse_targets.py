@@ -12,6 +12,7 @@ from fairseq_skd import (
     self_kd_cross_entropy,
     self_kd_linear_cross_entropy,
 )
+from fairseq_skd.self_check import check_linear_loss, check_loss
 
 # Sizes of 1 are where some versions of torch index wrongly.
 SHAPES = [(1, 40, 3, 1), (1, 40, 3, 4), (9, 40, 3, 1), (9, 33, 4, 5), (50, 97, 8, 4), (3, 2, 1, 1)]
@@ -180,6 +181,9 @@ def test_ignored_positions_count_nothing_whatever_they_hold(hidden):
     clean = by_reference(features, embedding, target, soft, 0.1, 0.5, factors)
     with torch.no_grad():
         features[ignored] = hidden
+    soft.weights[ignored] = hidden
+    soft.share[ignored] = hidden
+    soft.ids[ignored] = -100
     for reduction in ("sum", "none"):
         ours = self_kd_linear_cross_entropy(
             *(features, embedding, target, soft, 0.1, 0.5),
@@ -367,3 +371,43 @@ def test_float16_keeps_positions_with_very_different_weights():
     ).loss
     for mine, theirs in zip(torch.autograd.grad(loss * 2.0**-4, [features, embedding]), expected):
         assert_close(mine.double() * 2**4, theirs, 3e-3)
+
+
+@pytest.mark.parametrize("scale", [3.0, 12.0, 30.0])
+def test_what_is_learnt_by_heart_is_as_exact_as_in_pytorch(scale):
+    """Losses a token from 0.1 to 1e-7, where a difference of large numbers would be noise."""
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.nn.functional.normalize(torch.randn(200, 32, generator=generator), dim=1)
+    target = torch.randint(200, (64,), generator=generator)
+    features = (embedding[target] * scale).requires_grad_()
+    embedding = (embedding * 2).requires_grad_()
+    logits = features @ embedding.t()
+    exact = F.cross_entropy(logits.double(), target, reduction="sum").item()
+    theirs = F.cross_entropy(logits, target, reduction="sum")
+    allowed = (
+        2 * abs(theirs.item() - exact) + 2e-6 * exact + 64 * 6e-8
+    )  # half a step of float32 at 1
+    linear = self_kd_linear_cross_entropy(features, embedding, target).loss
+    closed = self_kd_cross_entropy(logits, target).loss.sum()
+    for ours in (linear, closed):
+        assert abs(ours.item() - exact) <= allowed
+    check_linear_loss(features, embedding, target, None, 0.0, 0.0, -100)
+    check_loss(logits, target, None, 0.0, 0.0, -100)
+
+
+def test_ids_that_are_no_words_are_an_error():
+    features, embedding, target, soft, _ = inputs(10, 33, 4, 3)
+    soft.ids[1, 1] = 40  # within the last group of words, but beyond the last one
+    for call in (
+        lambda: self_kd_linear_cross_entropy(features, embedding, target, soft, 0.1, 0.5),
+        lambda: self_kd_cross_entropy(features @ embedding.t(), target, soft, 0.1, 0.5),
+    ):
+        with pytest.raises(RuntimeError, match=r"id of the soft target is out of bounds.* 0 to 32"):
+            call()
+
+
+def test_one_word_is_a_vocabulary_too():
+    features, embedding = torch.randn(3, 2), torch.randn(1, 2)
+    target = torch.zeros(3, dtype=torch.long)
+    assert not self_kd_linear_cross_entropy(features, embedding, target).loss
+    assert not self_kd_cross_entropy(features @ embedding.t(), target).loss.any()
