@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from benchmarks.workloads import BASELINE
+from benchmarks.workloads import BASELINE, CRITERIA
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "docs" / "benchmarks.csv"
@@ -34,7 +34,11 @@ def table(rows: List[Row]) -> str:
     for what in dict.fromkeys(row["what"] for row in rows):
         cells = {(_place(row), row["name"]): row for row in rows if row["what"] == what}
         shapes = dict.fromkeys(shape for shape, _ in cells)
-        names = list(dict.fromkeys(name for _, name in cells))
+        # Not every shape has every criterion.
+        order = {name: place for place, name in enumerate(CRITERIA)}
+        names = sorted(
+            dict.fromkeys(name for _, name in cells), key=lambda name: order.get(name, len(order))
+        )
         lines += ["", f"| {what} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for shape in shapes:
             figures = [_cell(cells.get((shape, name)), name == names[0]) for name in names]
