@@ -159,6 +159,19 @@ def test_trainings_in_every_precision(corpus, tmp_path, candidates, precision):
     assert all(math.isfinite(loss) for loss in losses)
 
 
+@pytest.mark.parametrize("precision", ["--fp16", "--memory-efficient-fp16"])
+def test_an_update_that_overflows_is_skipped(corpus, tmp_path, precision):
+    output = command(
+        *("fairseq-train", corpus / "pair", "--user-dir", PLUGIN, "--arch", "transformer", *TINY),
+        *(*SELF_KD, *NOW, "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 200, precision),
+        *("--fp16-init-scale", 2**28, "--clip-norm", 1, "--max-update", 8, "--save-dir", tmp_path),
+        *("--log-format", "json", "--log-interval", 1),
+    )
+    assert "gradient overflow detected" in output
+    assert 1 <= float(logged(output)[-1]["loss_scale"]) < 2**28
+    assert math.isfinite(float(logged(output)[-1]["gnorm"]))
+
+
 def test_validation_takes_no_more_memory_than_training():
     embedding = torch.randn(100_000, 128, device="cuda", requires_grad=True)
     features = torch.randn(2_048, 128, device="cuda", requires_grad=True)
