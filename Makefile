@@ -15,7 +15,7 @@ quickstart: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-# Every combination of Python and torch that README.md lists; hours and gigabytes. SESSION names one.
+# Every combination of Python and torch that noxfile.py lists; hours and gigabytes. SESSION names one.
 test-matrix: $(READY)
 	$(VENV)/bin/nox $(if $(SESSION),-s "$(SESSION)")
 

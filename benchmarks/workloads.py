@@ -193,7 +193,7 @@ def losses(shape: Shape, dtype: torch.dtype = torch.float32) -> Dict[str, Callab
         return self_kd_linear_cross_entropy(features, embedding, target).loss
 
     def pytorchs(label_smoothing: float, chunk: int) -> Callable[[], torch.Tensor]:
-        # Of its own choice the CPU takes a few positions, 20 times as slow at V = 100,000.
+        # Of its own choice it takes a few positions on a CPU, and many times as long.
         chunked = {"chunking_method": None, "batch_chunk_size": chunk}
         return lambda: F.linear_cross_entropy(
             features,

@@ -23,11 +23,11 @@ __all__ = ["LossCheckError", "check_linear_loss", "check_loss", "soft_target_of"
 _POSITIONS = 64
 _BYTES = 4 * 2**20
 
-# What losses and gradients may differ by, relative to the largest. Rounding is far below: up to
-# 1e-6, 2e-2 and 4e-3 in the tests, 1e-3 for float32 where products are rounded to TF32. A wrong
-# objective is of the size of the gradient itself.
+# What losses and gradients may differ by, relative to the largest. Rounding is below (float32 has
+# room for TF32, which keeps 10 bits); another objective differs by about the gradient itself.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 _HALF_TOLERANCE = 0.1
+# The part of an untrained model's values below which an error counts nothing; see `_error`.
 _SMALL = 1e-2
 
 
