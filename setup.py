@@ -53,6 +53,7 @@ setup(
             "rich",
             "ruff",
             "transformers",
+            "triton; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["fairseq-skd=fairseq_skd.command_line:main"]},

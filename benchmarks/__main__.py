@@ -1,6 +1,7 @@
 """Compare self-KD with fairseq's own criteria: ``python -m benchmarks`` (or ``make benchmark``)."""
 
 import argparse
+import gc
 import logging
 import os
 import platform
@@ -162,14 +163,22 @@ def _times(
 def _memory(what: str, shape: str, names: List[str], kind: str = "float32") -> List[report.Row]:
     rows = []
     for name in names:
-        program = [sys.executable, "-m", "benchmarks", "--memory-of", what, shape, name, kind]
-        done = subprocess.run(program, stdout=subprocess.PIPE, check=True, text=True)
-        added = float(done.stdout.split()[-1])
+        added = _added_memory(what, shape, name, kind)
         ratio = added / (rows[0]["median"] if rows else added)
         print(f"{what:<42}{shape:<28}{name:<20}{added:8.0f} MiB  x {ratio:.2f}", flush=True)
         figures = {"median": round(added), "ratio": round(ratio, 4)}
         rows.append({**_row(what, shape, name, kind), **figures, "unit": "MiB", "rounds": 1})
     return rows
+
+
+def _added_memory(what: str, shape: str, name: str, kind: str) -> float:
+    if DEVICE.type == "cuda":  # which counts what is allocated, whatever was there before
+        gc.collect()
+        torch.cuda.empty_cache()
+        return added_memory(_memory_workload(what, shape, name, kind))
+    program = [sys.executable, "-m", "benchmarks", "--memory-of", what, shape, name, kind]
+    done = subprocess.run(program, stdout=subprocess.PIPE, check=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def _memory_workload(what: str, shape: str, name: str, kind: str) -> Callable[[], object]:

@@ -30,9 +30,15 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if [ -n "$wheels" ]; then
-    echo "Installing the wheels in $wheels into $out/packages"
-    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out/packages" "$wheels"/*.whl
-    export PYTHONPATH=$out/packages:$PYTHONPATH
+    echo "Installing the wheels in $wheels into $out/environment"
+    # An environment of its own, which sees this Python's packages beneath and has fairseq's commands.
+    "$python" -m venv --without-pip "$out/environment"
+    site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    beneath=$("$python" -c "$site")
+    "$python" -m pip --python "$out/environment/bin/python" install --quiet --no-index --no-deps \
+        "$wheels"/*.whl
+    python=$out/environment/bin/python
+    echo "$beneath" > "$("$python" -c "$site")/beneath.pth"
 fi
 cd "$root"
 "$python" - "$trial" << 'END'

@@ -204,10 +204,10 @@ def _autocast_is_on(device: str) -> bool:
 def _block_positions(features: Tensor, embedding: Tensor, block_bytes: Optional[int]) -> int:
     position_bytes = 4 * len(embedding)
     if block_bytes is None:
-        on_cpu = features.device.type == "cpu"
-        block_bytes = _BLOCK_BYTES["cpu" if on_cpu else "cuda"]
-        if on_cpu:
-            block_bytes = max(block_bytes, _CPU_POSITIONS * position_bytes)
+        if features.device.type == "cpu":
+            block_bytes = max(_BLOCK_BYTES["cpu"], _CPU_POSITIONS * position_bytes)
+        else:
+            block_bytes = max(_BLOCK_BYTES["cuda"], position_bytes * features.size(1) // 2)
     positions = block_bytes // position_bytes
     if positions > _ALIGNMENT:
         positions -= positions % _ALIGNMENT
@@ -273,7 +273,9 @@ def _compute(
         features = features.masked_fill(problem.ignored.unsqueeze(1), 0).to(problem.compute)
         embedding = embedding.to(problem.compute)
         num_positions, num_words = len(features), len(embedding)
-        rounded = problem.compute != wide
+        kernels = None if problem.compute == torch.float64 else _kernels(features.device)
+        # Whether the block holds all of the gradient, and nothing of it waits for the products.
+        whole = kernels is not None or problem.compute != wide
         scale = _FLOAT16_SCALE if problem.compute == torch.float16 else 1.0
         teacher = problem.soft_target
         per_block = isinstance(teacher, SelfTeacher) and teacher.needs_prediction
@@ -295,14 +297,15 @@ def _compute(
         if factors is not None and for_features:
             grad_features = features.new_empty(features.shape, dtype=wide)
         if factors is not None and for_embedding:
-            grad_embedding = features.new_zeros(embedding.shape, dtype=wide)
-            if row_sum is not None:
-                column = features.new_zeros(embedding.size(1), dtype=wide)
-            if rounded:
+            allocate = features.new_empty if num_positions else features.new_zeros
+            grad_embedding = allocate(embedding.shape, dtype=wide)
+            if whole:
                 # The largest factor's power of two, so that no position leaves float16's range.
                 largest = factors.abs().amax() if num_positions else factors.new_ones(())
                 unit = largest.clamp(min=torch.finfo(wide).tiny).log2().ceil().exp2()
                 factor = unit / scale
+            elif row_sum is not None:
+                column = features.new_zeros(embedding.size(1), dtype=wide)
 
         # Rows beyond the vocabulary fill the last group of the search for the largest logits.
         padded_words = -(-num_words // _GROUP) * _GROUP
@@ -311,15 +314,28 @@ def _compute(
             part = slice(start, start + problem.block_positions)
             x, target = features[part], problem.target[part]
             # In one piece also where the last block is smaller.
-            block = buffer[: padded_words * len(x)].view(padded_words, len(x))
+            block = buffer[: padded_words * len(x)]
+            if device == "cpu" and kernels is None:
+                block = block.view(padded_words, len(x))
+            else:
+                block = block.view(len(x), padded_words).t()
             torch.mm(embedding, x.t(), out=block[:num_words])
             block[num_words:] = float("-inf")
-            padded = block.to(wide)
-            by_position = padded.t()
+            if kernels is None:
+                block = block.to(wide)
+                logits = block[:num_words]
+                largest = logits.amax(0)
+                if problem.count_correct or per_block or problem.top_k:
+                    maxima = block.unflatten(0, (-1, _GROUP)).amax(1)
+            else:
+                logits = block[:num_words]
+                statistics = kernels.row_statistics(logits.t(), _GROUP)
+                largest, normalizer, maxima = statistics
+                maxima = maxima.t()
 
             prediction = None
             if problem.count_correct or per_block:
-                prediction = _argmax(padded)
+                prediction = _argmax(block, maxima)
             if per_block:
                 soft_block = teacher.soft_target(target, prediction, table)  # type: ignore[union-attr]
                 soft_blocks.append(soft_block)
@@ -328,16 +344,15 @@ def _compute(
             ids, weights, uniform = training_target(
                 target, soft_block, problem.label_smoothing, problem.weight, num_words, wide
             )
-            logits = padded[:num_words]
-            largest = logits.amax(0)
             # All of these are less the largest logit, as `loss` says.
-            chosen = by_position.gather(1, ids) - largest.unsqueeze(1)
+            chosen = block.t().gather(1, ids).to(wide) - largest.unsqueeze(1)
             if problem.top_k:
-                found, values_of = _largest(padded, problem.top_k)
+                found, values_of = _largest(block, maxima, problem.top_k)
                 top_ids[part] = found.clamp_(max=num_words - 1)  # fewer are possible than k
-                top_lprobs[part] = values_of - largest.unsqueeze(1)
-            exponentials = logits.sub_(largest).exp_()
-            normalizer = exponentials.sum(0)
+                top_lprobs[part] = values_of.to(wide) - largest.unsqueeze(1)
+            if kernels is None:
+                logits.sub_(largest).exp_()
+                normalizer = logits.sum(0)
             log_normalizer = normalizer.log()
             loss = log_normalizer - (weights * chosen).sum(1)
             total = largest if row_sum is None else x.to(wide) @ row_sum - num_words * largest
@@ -356,38 +371,34 @@ def _compute(
             if grad_features is None and grad_embedding is None:
                 continue
 
-            # The gradient softmax(z) - s is a column of exponentials less s * normalizer, all
-            # divided by the normalizer: that goes to the narrow side of both products, unless its
-            # rounding would be seen there. So would that of softmax(z) without u.
+            # The gradient is softmax(z) - s - u. On a CPU the block holds exponentials less
+            # s * normalizer: what they are divided by goes to the narrow side of both products,
+            # and u is no part of the block either, unless rounding would be seen.
             assert factors is not None
-            if rounded:
+            narrow = factors[part]
+            if kernels is not None:
+                kernels.gradient_in_place(logits.t(), ids, weights, uniform, statistics, scale)
+            elif whole:
                 everywhere = torch.zeros_like(largest) if uniform is None else -scale * uniform
-                torch.addcmul(everywhere, exponentials, scale / normalizer, out=exponentials)
-                uniform = None
-                sparse = weights * -scale
-                narrow = factors[part]
+                torch.addcmul(everywhere, logits, scale / normalizer, out=logits)
+                logits.t().scatter_add_(1, ids, weights * -scale)
             else:
-                sparse = weights * -normalizer.unsqueeze(1)
-                narrow = factors[part] / normalizer
-            exponentials.t().scatter_add_(1, ids, sparse)
-            gradient = exponentials.to(problem.compute)
+                narrow = narrow / normalizer
+                logits.t().scatter_add_(1, ids, weights * -normalizer.unsqueeze(1))
+            gradient = logits.to(problem.compute)
             if grad_features is not None:
                 grad_x = _product(gradient.t(), embedding, wide)
                 grad_x.mul_((narrow / scale).unsqueeze(1))
-                if uniform is not None:
+                if uniform is not None and not whole:
                     assert row_sum is not None
                     grad_x.addcmul_((factors[part] * uniform).unsqueeze(1), row_sum, value=-1)
                 grad_features[part] = grad_x
             if grad_embedding is not None:
-                if rounded:
+                if whole:
                     narrow = narrow / unit
                 scaled = (narrow.unsqueeze(1) * x).to(problem.compute)
-                if rounded:
-                    grad_embedding += _product(gradient, scaled, wide)
-                else:
-                    grad_embedding.addmm_(gradient, scaled)
-                if uniform is not None:
-                    assert column is not None
+                _add_product(grad_embedding, gradient, scaled, first=start == 0)
+                if column is not None and uniform is not None:
                     column -= (factors[part] * uniform) @ x.to(wide)
 
         values = [value.masked_fill_(problem.ignored, 0) for value in values]
@@ -395,6 +406,20 @@ def _compute(
             soft = SoftTarget(*(torch.cat(parts) for parts in zip(*(s[:2] for s in soft_blocks))))
         values += [top_ids, top_lprobs]
         return _Result(values, soft, grad_features, grad_embedding, factor, column)
+
+
+def _kernels(device: torch.device) -> Any:
+    """Return the module of our Triton kernels if they run on a device.
+
+    Imported only there: elsewhere Triton would cost a start half a second.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    try:
+        from fairseq_skd import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.usable(device) else None
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
@@ -407,35 +432,55 @@ def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """
     if a.dtype == wide:
         return torch.mm(a, b)
-    if a.device.type == "cuda" and torch.version.cuda:
-        if TorchVersion(torch.__version__) >= "2.8":
-            return torch.mm(a, b, out_dtype=wide)  # type: ignore[call-overload]
-        if a.dtype == torch.bfloat16:
-            return torch.mm(a, b).to(wide)
+    if _sums_in_float32(a):
+        return torch.mm(a, b, out_dtype=wide)  # type: ignore[call-overload]
+    if a.device.type == "cuda" and a.dtype == torch.bfloat16:
+        return torch.mm(a, b).to(wide)
     return torch.mm(a.to(wide), b.to(wide))
 
 
-def _argmax(padded: Tensor) -> Tensor:
+def _add_product(result: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add a @ b to the result, float32 (float64 for float64); at first in place of what it holds.
+
+    Without a tensor of its size where that can be: at V = 128,256 and d = 4,096 it has 2 GiB.
+    """
+    beta = 0 if first else 1
+    if a.dtype == result.dtype:
+        result.addmm_(a, b, beta=beta)
+    elif _sums_in_float32(a):
+        torch.addmm(result, a, b, beta=beta, out_dtype=result.dtype, out=result)  # type: ignore[call-overload]
+    elif first:
+        result.copy_(_product(a, b, result.dtype))
+    else:
+        result += _product(a, b, result.dtype)
+
+
+def _sums_in_float32(a: Tensor) -> bool:
+    """Whether PyTorch has products of half precision with a result in float32 there."""
+    on_gpu = a.device.type == "cuda" and torch.version.cuda is not None
+    return on_gpu and TorchVersion(torch.__version__) >= "2.8"
+
+
+def _argmax(block: Tensor, maxima: Tensor) -> Tensor:
     """Return the row of the largest value in every column; of equal ones the first.
 
     In two levels, since an argmax over rows takes 18 times as long as their maxima: the maxima of
     groups of rows, then the first of a column's best group that is equal to it. The number of
     rows is a multiple of the size of a group.
     """
-    best = padded.view(-1, _GROUP, padded.size(1)).amax(1).argmax(0)
+    best = maxima.argmax(0)
     members = _members(best.unsqueeze(1))
-    return best * _GROUP + padded.t().gather(1, members).argmax(1)
+    return best * _GROUP + block.t().gather(1, members).argmax(1)
 
 
-def _largest(padded: Tensor, k: int) -> Tuple[Tensor, Tensor]:
+def _largest(block: Tensor, maxima: Tensor, k: int) -> Tuple[Tensor, Tensor]:
     """Return the rows of the k largest values in every column, and these: B x k each.
 
     They lie in the k groups whose maxima are largest, but for equal values.
     """
-    maxima = padded.view(-1, _GROUP, padded.size(1)).amax(1).t().contiguous()
-    groups = maxima.topk(min(k, maxima.size(1)), 1).indices
+    groups = maxima.t().contiguous().topk(min(k, len(maxima)), 1).indices
     members = _members(groups)
-    values, places = padded.t().gather(1, members).topk(k, 1)
+    values, places = block.t().gather(1, members).topk(k, 1)
     return members.gather(1, places), values
 
 
@@ -453,10 +498,15 @@ def _finished(result: _Result, grad: Union[float, Tensor], dtype: torch.dtype) -
     gradient = result.grad_embedding
     if gradient is None:
         return None
-    gradient.mul_(result.factor * grad)
+    factor = result.factor * grad
+    if dtype == gradient.dtype:
+        gradient.mul_(factor)
+    else:  # in one pass
+        out = gradient.new_empty(gradient.shape, dtype=dtype)
+        gradient = torch.mul(gradient, factor, out=out)
     if result.column is not None:
         gradient.add_(result.column * grad)
-    return gradient.to(dtype)
+    return gradient
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -60,7 +60,8 @@ def be(script, arguments, cwd, output):
     os.dup2(stream, 2)
     kept = {name: os.environ[name] for name in _OF_THE_MACHINE if name in os.environ}
     os.environ.clear()
-    os.environ.update(PATH=str(Path(sys.executable).parent), OMP_NUM_THREADS="1", **kept)
+    path = f"{Path(sys.executable).parent}:{os.defpath}"  # Triton looks for a C compiler
+    os.environ.update(PATH=path, OMP_NUM_THREADS="1", **kept)
     os.chdir(cwd or ROOT)
     multiprocessing.set_start_method(None, force=True)  # of the workers that load data
     sys.argv = [str(script), *map(str, arguments)]
