@@ -177,7 +177,7 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
     # Settings are chosen on validation text alone.
     assert {run.experiment for run in runs if run.text == "test"} == {
         *("comparison", "comparison_long", "comparison_wikitext2"),
-        *("comparison_modes", "recipe_wikitext2"),
+        *("comparison_modes", "recipe_wikitext2", "low_resource"),
     }
     assert all("--self-kd-max-mass" in run.train for run in runs if run.criterion == "self_kd")
     words = [word for run in runs for word in (*run.train, *run.branch, *run.evaluate("valid"))]
