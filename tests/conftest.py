@@ -60,7 +60,9 @@ def be(script, arguments, cwd, output):
     os.dup2(stream, 2)
     kept = {name: os.environ[name] for name in _OF_THE_MACHINE if name in os.environ}
     os.environ.clear()
-    path = f"{Path(sys.executable).parent}:{os.defpath}"  # Triton looks for a C compiler
+    path = str(Path(sys.executable).parent)
+    if torch.cuda.is_available():
+        path += f":{os.defpath}"  # Triton looks for a C compiler
     os.environ.update(PATH=path, OMP_NUM_THREADS="1", **kept)
     os.chdir(cwd or ROOT)
     multiprocessing.set_start_method(None, force=True)  # of the workers that load data
