@@ -9,11 +9,12 @@ memory is one block, where logits, log-probabilities and their gradient would ta
 What is uniform over the vocabulary needs no pass at all: sum_v z_v = x . sum_v W_v, and its
 gradient is sum_v W_v for the features and the same vector, sum_i x_i, for every row of W.
 
-A block is transposed, words x positions. A product writes tiles of its result, and in rows of a
+On a CPU a block is transposed, words x positions. A product writes tiles of its result, and in rows of a
 few hundred positions a tile is one compact piece of memory; in rows of V words each of its lines
 lies in another page. On two cores (AVX2, MKL, d = 512 and 256) the product that makes the logits of
 160 to 320 positions ran 1.2 to 1.4 times as fast this way at V = 32,768 and 100,000, and the three
-products together about 1.1 times.
+products together about 1.1 times. On a GPU it is positions x words, as our kernels read it
+(`kernels`, where Triton works); what is written below indexes a transposed view of it.
 
 Half precision. Logits have the type that ``F.linear`` would give them; everything else is float32,
 but for the operands of products, whose sums are float32. A float16 operand is multiplied by a power
@@ -139,7 +140,8 @@ def self_kd_linear_cross_entropy(
         Also return so many most probable words of every position.
     block_bytes : int, optional
         Bound on a float32 block of logits. Default: 24 MiB on a CPU, or 160 positions where that
-        is more; 512 MiB elsewhere. At least one position is always taken.
+        is more; elsewhere 512 MiB, or half of the float32 gradient of W where that is more. At
+        least one position is always taken.
 
     Returns
     -------
