@@ -9,8 +9,8 @@ memory is one block, where logits, log-probabilities and their gradient would ta
 What is uniform over the vocabulary needs no pass at all: sum_v z_v = x . sum_v W_v, and its
 gradient is sum_v W_v for the features and the same vector, sum_i x_i, for every row of W.
 
-On a CPU a block is transposed, words x positions. A product writes tiles of its result, and in rows of a
-few hundred positions a tile is one compact piece of memory; in rows of V words each of its lines
+On a CPU a block is transposed, words x positions. A product writes tiles of its result, and in
+rows of a few hundred positions a tile is one compact piece of memory; in rows of V words each of its lines
 lies in another page. On two cores (AVX2, MKL, d = 512 and 256) the product that makes the logits of
 160 to 320 positions ran 1.2 to 1.4 times as fast this way at V = 32,768 and 100,000, and the three
 products together about 1.1 times. On a GPU it is positions x words, as our kernels read it
