@@ -10,11 +10,11 @@ What is uniform over the vocabulary needs no pass at all: sum_v z_v = x . sum_v 
 gradient is sum_v W_v for the features and the same vector, sum_i x_i, for every row of W.
 
 On a CPU a block is transposed, words x positions. A product writes tiles of its result, and in
-rows of a few hundred positions a tile is one compact piece of memory; in rows of V words each of its lines
-lies in another page. On two cores (AVX2, MKL, d = 512 and 256) the product that makes the logits of
-160 to 320 positions ran 1.2 to 1.4 times as fast this way at V = 32,768 and 100,000, and the three
-products together about 1.1 times. On a GPU it is positions x words, as our kernels read it
-(`kernels`, where Triton works); what is written below indexes a transposed view of it.
+rows of a few hundred positions a tile is one compact piece of memory; in rows of V words each of
+its lines lies in another page. On two cores (AVX2, MKL, d = 512 and 256) the product that makes the
+logits of 160 to 320 positions ran 1.2 to 1.4 times as fast this way at V = 32,768 and 100,000, and
+the three products together about 1.1 times. On a GPU it is positions x words, as our kernels read
+it (`kernels`, where Triton works); what is written below indexes a transposed view of it.
 
 Half precision. Logits have the type that ``F.linear`` would give them; everything else is float32,
 but for the operands of products, whose sums are float32. A float16 operand is multiplied by a power
