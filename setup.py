@@ -13,6 +13,7 @@ exec((HERE / "fairseq_skd" / "version.py").read_text(encoding="utf-8"), VERSION)
 # Python 3.11 needs; it installs the same package, fairseq. For Python 3.13 it has no wheel.
 NEW, OLD = 'python_version >= "3.11"', 'python_version < "3.11"'
 RECIPES = ["sacremoses", "subword-nmt"]
+VIEW = ["matplotlib", "scipy"]
 
 setup(
     name="fairseq_skd",
@@ -21,7 +22,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["fairseq_skd"],
+    packages=["fairseq_skd", "fairseq_skd.commands"],
     package_data={"fairseq_skd": ["py.typed"]},
     python_requires=">=3.9,<3.13",
     install_requires=[
@@ -36,21 +37,22 @@ setup(
         "torch>=2.4",
         "sacrebleu>=2.3",
         "sentencepiece",
+        "typer>=0.12",
     ],
     extras_require={
+        "view": VIEW,
         "recipes": RECIPES,
         "dev": [
             *RECIPES,
+            *VIEW,
             "accelerate",
             "hypothesis",
             "lxml",
-            "matplotlib",
             "mypy",
             "nox",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
-            "rich",
             "ruff",
             "transformers",
             "triton; platform_system == 'Linux'",

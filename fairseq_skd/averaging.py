@@ -9,11 +9,9 @@ from typing import Any, Callable, Dict, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "average_checkpoints"]
+from fairseq_skd.checkpoints import CheckpointError, read_checkpoint
 
-
-class CheckpointError(Exception):
-    """A file cannot be averaged with the others; the message names it."""
+__all__ = ["average_checkpoints"]
 
 
 def average_checkpoints(
@@ -38,17 +36,23 @@ def average_checkpoints(
     Raises
     ------
     CheckpointError
-        If a file is missing, is no fairseq checkpoint, or has other parameters than the first.
+        If a file is missing, is no fairseq checkpoint, or has other parameters than the first, or
+        if ``output`` cannot be written: that is found before anything is read.
     """
     if not paths:
         raise CheckpointError("no checkpoints were given")
+    if output.is_dir() or not output.name:
+        raise CheckpointError(f"--output is {output}, a folder; allowed: the name of a file")
+    if not output.parent.is_dir():
+        raise CheckpointError(f"--output is {output}, and there is no folder {output.parent}")
     totals: Dict[str, Tensor] = {}
     expected: Dict[str, torch.Size] = {}
     state: Dict[str, Any] = {}
     for number, path in enumerate(paths, start=1):
         progress(f"reading {path} ({number} of {len(paths)})")
         state.clear()  # before the next one is read
-        state = _load(path)
+        state = read_checkpoint(path)
+        state.pop("last_optimizer_state", None)
         shapes = {name: value.shape for name, value in state["model"].items()}
         if number == 1:
             expected = shapes
@@ -80,17 +84,3 @@ def _wide(value: Tensor) -> Tensor:
     if not value.is_floating_point():
         return value
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _load(path: Path) -> Dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        # Importing fairseq_skd has told torch's safe loader about fairseq's checkpoints.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise CheckpointError(f"{path} is no fairseq checkpoint: it holds no model")
-    state.pop("last_optimizer_state", None)
-    return state

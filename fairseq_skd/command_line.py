@@ -1,36 +1,85 @@
 """The command ``fairseq-skd``."""
 
-import argparse
+import logging
 import sys
 from pathlib import Path
+from typing import List
 
-from fairseq_skd.averaging import CheckpointError, average_checkpoints
+import typer
+from typing_extensions import Annotated
+
+from fairseq_skd.averaging import average_checkpoints
+from fairseq_skd.checkpoints import CheckpointError
+from fairseq_skd.commands.calibration import calibration
+from fairseq_skd.commands.compare import compare
+from fairseq_skd.commands.curves import curves
+from fairseq_skd.commands.doctor import doctor
+from fairseq_skd.commands.explain import explain
+from fairseq_skd.commands.neighbors import neighbors
+from fairseq_skd.commands.output import CommandError
 from fairseq_skd.version import __version__
 
 __all__ = ["main"]
 
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Self-knowledge distillation for fairseq: look into models, compare runs."""
+
+
+@app.command()
+def path() -> None:
+    """Print the installed plugin's folder, for --user-dir.
+
+    Example:
+
+      fairseq-train DATA --user-dir $(fairseq-skd path) --criterion self_kd ...
+    """
+    print(Path(__file__).resolve().parent)
+
+
+@app.command()
+def average(
+    checkpoints: Annotated[List[Path], typer.Argument(help="Checkpoints of one model.")],
+    output: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+) -> None:
+    """Average the parameters of checkpoints.
+
+    Example:
+
+      fairseq-skd average checkpoint8.pt checkpoint9.pt checkpoint10.pt --output average.pt
+    """
+    average_checkpoints(checkpoints, output, lambda line: print(line, flush=True))
+    print(f"written to {output}")
+
+
+for command in (neighbors, explain, compare, curves, calibration, doctor):
+    app.command()(command)
+
 
 def main() -> None:
-    """Parse the command line and run the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="fairseq-skd", description="Self-knowledge distillation for fairseq."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "path",
-        help="print the installed plugin's folder: "
-        "fairseq-train DATA --user-dir $(fairseq-skd path) --criterion self_kd ...",
-    )
-    average = commands.add_parser("average", help="average the parameters of checkpoints")
-    average.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    average.add_argument("--output", type=Path, required=True, help="the checkpoint to write")
-    args = parser.parse_args()
-    if args.command == "path":
-        print(Path(__file__).resolve().parent)
-        return
+    """Run the subcommand; whatever a user can mend ends in one sentence and exit status 2."""
+    logging.disable(logging.INFO)  # fairseq's, hydra's and sacrebleu's
     try:
-        average_checkpoints(args.checkpoints, args.output, lambda line: print(line, flush=True))
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"fairseq-skd average: {error}")
-    print(f"written to {args.output}")
+        app()
+    except (CommandError, CheckpointError, OSError) as error:
+        print(f"fairseq-skd: {error}", file=sys.stderr)
+        sys.exit(2)

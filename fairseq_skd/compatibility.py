@@ -6,8 +6,9 @@ Tried with ve-fairseq 0.12.3 (torch 2.13) and fairseq 0.12.2 (torch 2.5).
 import argparse
 import functools
 import hashlib
+import os
 import re
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from fairseq_skd.past import TextLayout
 __all__ = [
     "allow_fairseqs_checkpoints",
     "do_without_the_fused_encoder_layer",
+    "eligible_words",
     "ordinary_words",
     "remember_words_from_files",
     "target_side_words",
@@ -41,8 +43,8 @@ def allow_fairseqs_checkpoints() -> None:
 
     An `argparse.Namespace` always, and with ``--eval-bleu`` the counts of n-grams as numpy arrays
     and scalars, which hold numbers alone. torch >= 2.6 loads with ``weights_only=True`` and
-    refuses classes that it does not know. Unnecessary once fairseq passes ``weights_only`` itself
-    or stops saving them.
+    refuses classes that it does not know; an older one is told to do so too. Unnecessary once
+    fairseq passes ``weights_only`` itself or stops saving them.
     """
     numbers = [np.int64(0), np.float64(0)]
     # Functions that numpy keeps under other names from version to version; an object knows its own.
@@ -50,7 +52,9 @@ def allow_fairseqs_checkpoints() -> None:
     dtypes = [type(value.dtype) for value in numbers]
     classes = [argparse.Namespace, np.ndarray, np.dtype, *dtypes]
     torch.serialization.add_safe_globals([*makers, *classes])
-    if TorchVersion(torch.__version__) >= "2.6":  # takes a name beside each
+    if TorchVersion(torch.__version__) < "2.6":  # which loads whatever a file asks for
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    else:  # takes a name beside each
         # The names in a checkpoint that was written with numpy 1, and with numpy 2.
         modules = ("numpy.core.multiarray", "numpy._core.multiarray")
         named: List[Any] = [(maker, f"{m}.{maker.__name__}") for maker in makers for m in modules]
@@ -172,6 +176,17 @@ def target_side_words(task: Any) -> Optional[np.ndarray]:
         for start in range(0, len(tokens), 2**24):  # 128 MiB as bincount's int64
             counts += np.bincount(tokens[start : start + 2**24], minlength=len(counts))
     return np.flatnonzero(counts)
+
+
+def eligible_words(dictionary: Any, task: Any) -> Tuple[np.ndarray, bool]:
+    """Return the ids of the words that may get probability, ascending, int64.
+
+    `ordinary_words`, and of a joined dictionary those of the target side; and whether that is so.
+    """
+    words, on_target_side = ordinary_words(dictionary), target_side_words(task)
+    if on_target_side is None:
+        return words, False
+    return np.intersect1d(words, on_target_side), True
 
 
 def _indexed_files(dataset: Any) -> Iterator[Optional[MMapIndexedDataset]]:

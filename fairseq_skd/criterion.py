@@ -34,7 +34,7 @@ from fairseq_skd.schedule import self_kd_weight as weight_at
 from fairseq_skd.self_check import check_linear_loss, check_loss, soft_target_of
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
-__all__ = ["SelfKDCriterion", "SelfKDCriterionConfig"]
+__all__ = ["SelfKDCriterion", "SelfKDCriterionConfig", "options_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,26 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     )
 
 
+def options_of(cfg: Any) -> SelfKDOptions:
+    """Return the options of a criterion's configuration; what an older run lacks is the default.
+
+    Raises
+    ------
+    ValueError
+        For a value that is not allowed.
+    """
+    default = SelfKDCriterionConfig()
+    values = {}
+    for f in fields(SelfKDOptions):
+        name = f"self_kd_{f.name}"
+        values[f.name] = getattr(cfg, name, getattr(default, name))
+    for choice in ("candidates", "similarity"):
+        values[choice] = str(values[choice])  # fairseq's ChoiceEnum
+    values["sigma"] = parse_sigma(values["sigma"])
+    values["past_file"] = None if values["past_file"] == "auto" else values["past_file"]
+    return SelfKDOptions(**values)
+
+
 class _Taught:
     """A projection, its teacher, and for which interval of updates that was last refreshed."""
 
@@ -155,12 +175,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         )
         if not 0 <= cfg.label_smoothing <= 1:
             raise ValueError(f"--label-smoothing is {cfg.label_smoothing}; allowed: 0 to 1")
-        values = {f.name: getattr(cfg, f"self_kd_{f.name}") for f in fields(SelfKDOptions)}
-        for choice in ("candidates", "similarity"):
-            values[choice] = str(values[choice])  # fairseq's ChoiceEnum
-        values["sigma"] = parse_sigma(values["sigma"])
-        values["past_file"] = None if values["past_file"] == "auto" else values["past_file"]
-        self.options = SelfKDOptions(**values)
+        self.options = options_of(cfg)
         if getattr(task, "target_dictionary", None) is None:
             raise ValueError(f"self_kd needs a target dictionary; {type(task).__name__} has none")
         if getattr(task, "dicts", None) is None:  # one a language: which, the model will show
@@ -423,19 +438,10 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
         options, dictionary = self.options, projection.dictionary
-        eligible = compatibility.ordinary_words(dictionary)
-        on_target_side = compatibility.target_side_words(self.task)
-        if on_target_side is not None:
-            eligible = np.intersect1d(eligible, on_target_side)
+        eligible, on_target_side = compatibility.eligible_words(dictionary, self.task)
         self._check_top_k(len(eligible))
-        logger.info(
-            f"self_kd: {len(eligible)} of {len(dictionary)} words are eligible"
-            + (
-                " (joined dictionary: those of the target side)"
-                if on_target_side is not None
-                else ""
-            )
-        )
+        side = " (joined dictionary: those of the target side)" if on_target_side else ""
+        logger.info(f"self_kd: {len(eligible)} of {len(dictionary)} words are eligible{side}")
         return self.teacher_class(
             candidates=options.candidates,
             top_k=options.top_k,

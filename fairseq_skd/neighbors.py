@@ -72,6 +72,7 @@ def nearest_neighbors(
     eligible: Optional[Tensor] = None,
     similarity: str = "euclidean",
     block_bytes: int = 16 * 2**20,
+    words: Optional[Tensor] = None,
 ) -> Neighbors:
     """Find the k nearest eligible words of every word, exactly.
 
@@ -91,12 +92,14 @@ def nearest_neighbors(
         Bound on the block of distances. Beside it there are a float32 copy of the eligible rows,
         the result (12 bytes a neighbour) and, in a block of B rows, B x (k + 6) x d floats of
         differences, for which B is bounded too. At least one row is always taken.
+    words : Tensor, optional
+        int64, M: the words whose neighbours are sought. Default: all V.
 
     Returns
     -------
     Neighbors
-        Of equally near words the one with the smaller id wins, on every device, so that all
-        workers of a distributed run get the same table from the same weights.
+        V x k, or M x k. Of equally near words the one with the smaller id wins, on every device, so
+        that all workers of a distributed run get the same table from the same weights.
 
     Raises
     ------
@@ -135,13 +138,16 @@ def nearest_neighbors(
         "gradient clipping)",
     )
 
-    ids = torch.empty(num_words, k, dtype=torch.int64, device=device)
-    distances = torch.empty(num_words, k, dtype=torch.float32, device=device)
+    if words is None:
+        words = torch.arange(num_words, device=device)
+    ids = torch.empty(len(words), k, dtype=torch.int64, device=device)
+    distances = torch.empty(len(words), k, dtype=torch.float32, device=device)
     # The last group is filled up with infinities, written once.
     block = columns.new_full((block_rows, groups * _GROUP), float("inf"))
-    for start in range(0, num_words, block_rows):
+    for start in range(0, len(words), block_rows):
+        row_ids = words[start : start + block_rows]
         # Rows are widened and normalised here, so that no copy of the whole table is made.
-        rows = embedding_space(embedding[start : start + block_rows], similarity)
+        rows = embedding_space(embedding[row_ids], similarity)
         approximate = block[: len(rows)]
         distances_to = approximate[:, :num_eligible]
         with _full_precision():
@@ -149,8 +155,7 @@ def nearest_neighbors(
         approximate = _smallest(approximate, rows.square().sum(1, keepdim=True), shortlist)
         candidates = eligible[approximate]
         exact = (rows.unsqueeze(1) - columns[approximate]).square_().sum(2)
-        row_ids = torch.arange(start, start + len(rows), device=device).unsqueeze(1)
-        exact.masked_fill_(candidates == row_ids, float("inf"))
+        exact.masked_fill_(candidates == row_ids.unsqueeze(1), float("inf"))
         nearest = _keys(exact, candidates).topk(k, largest=False).values
         ids[start : start + block_rows] = nearest & 0xFFFFFFFF
         distances[start : start + block_rows] = (nearest >> 32).int().view(torch.float32).sqrt()

@@ -195,18 +195,21 @@ class SelfTeacher:
         """Whether `soft_target` needs the model's predicted words."""
         return self.candidates != "neighbors"
 
-    def refresh(self, embedding: Tensor) -> None:
+    def refresh(self, embedding: Tensor, words: Optional[Tensor] = None) -> None:
         """Measure the neighbours of all words, and sigma if it is automatic.
 
         Parameters
         ----------
         embedding : Tensor
             The output projection W, V x d, any floating dtype.
+        words : Tensor, optional
+            int64, M: measure the neighbours of these alone, to look at some words of a large table.
+            Targets may then be no others, and sigma has to be a number.
 
         Raises
         ------
         ValueError, RuntimeError
-            See `nearest_neighbors`.
+            See `nearest_neighbors`; and if sigma is automatic and ``words`` are given.
         """
         self._is_fresh = True
         if self.needs_prediction:
@@ -214,14 +217,23 @@ class SelfTeacher:
             if self.candidates == "prediction" and self.sigma is not None:
                 return
         self._table = self._neighbors = None  # the old ones make room for the new ones
-        neighbors = nearest_neighbors(embedding, self.top_k, self.eligible, self.similarity)
+        neighbors = nearest_neighbors(
+            embedding, self.top_k, self.eligible, self.similarity, words=words
+        )
+        if words is not None:
+            if self.sigma is None:
+                raise ValueError("with the neighbours of some words alone sigma must be a number")
+            shape = len(embedding), self.top_k
+            ids = words.new_zeros(shape).index_copy_(0, words, neighbors.ids)
+            far = neighbors.distances.new_full(shape, float("inf"))
+            neighbors = Neighbors(ids, far.index_copy_(0, words, neighbors.distances))
         if self.sigma is None:
             self._sigma = automatic_sigma(neighbors, self.eligible, self.sigma_scale)
         if self.candidates == "neighbors":
             # A target's neighbours do not depend on the position, so neither do its weights: they
             # are computed once for every word, and a batch only looks them up.
-            words = torch.arange(len(embedding), device=embedding.device)
-            self._table = self._share(words, *neighbors)
+            everyone = torch.arange(len(embedding), device=embedding.device)
+            self._table = self._share(everyone, *neighbors)
         else:
             self._neighbors = neighbors
 
