@@ -36,8 +36,10 @@ LOADED = multiprocessing.get_context("forkserver")
 LOADED.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo"])
 
 
-def command(name, *arguments, cwd=None):
-    """Run a command of this environment, or a script of Python; fail with its output.
+def command(name, *arguments, cwd=None, status=0):
+    """Run a command of this environment, or a script of Python; return its output.
+
+    Fails if its exit status is not the one that is expected.
 
     It runs in a process that is forked from one that has loaded fairseq and done nothing else:
     loading takes seconds, and there are 25 commands. (Recipes and examples start real ones.)
@@ -49,7 +51,7 @@ def command(name, *arguments, cwd=None):
         process.start()
         process.join()
         printed = output.read_text(encoding="utf-8")
-    assert process.exitcode == 0, f"{name} {arguments}\n{printed[-4000:]}"
+    assert process.exitcode == status, f"{name} {arguments}\n{printed[-4000:]}"
     return printed
 
 

@@ -1,31 +1,26 @@
-"""The controls of the experiments differ from the criterion in one thing, and in nothing else.
-
-And the scripts that look into a trained model, here into one that a control has trained.
-"""
+"""The controls of the experiments differ from the criterion in one thing, and in nothing else."""
 
 import importlib
+import json
 import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.runner import branch
 from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
-from results import branch, calibration, plausibility, soft_targets
-from results import trained as results_trained
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
-CONTROLS = ROOT / "results" / "self_kd_controls"
+CONTROLS = ROOT / "experiments" / "self_kd_controls"
 TRAINED = ["--arch", "transformer", *TINY, "--label-smoothing", 0.1, "--self-kd-top-k", 4]
 TRAINED += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0, "--self-kd-weight", 0.3]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    importlib.import_module("results.self_kd_controls")
+    importlib.import_module("experiments.self_kd_controls")
 
 
 def teacher_of(built):
@@ -80,7 +75,7 @@ def test_random_words_are_those_of_their_seed(tables):
     assert (one.ids != other.ids).any()
 
 
-def test_the_first_table_stays(build, train_step, monkeypatch):
+def test_the_first_table_stays(build, train_step):
     built = build(*TRAINED, "--criterion", "self_kd_frozen", "--self-kd-start-update", 3)
     table = find_output_projection(built.model, built.task.target_dictionary).weight
     first = table.detach().clone()
@@ -94,10 +89,6 @@ def test_the_first_table_stays(build, train_step, monkeypatch):
     resumed = build(*TRAINED, "--criterion", "self_kd_frozen")
     with pytest.raises(RuntimeError, match="remove its folder and begin again"):
         train_step(resumed, resumed.samples[0], 7)
-    loaded = results_trained.Trained(resumed.model, resumed.task, resumed.config)
-    monkeypatch.setattr(soft_targets, "load", lambda *_: loaded)
-    with pytest.raises(SystemExit, match=r"frozen\.pt: self_kd_frozen knows the first weights"):
-        soft_targets.soft_targets(Path("frozen.pt"), "", ["t1"], shown=3)
 
 
 def test_masses_by_rank(tables):
@@ -222,55 +213,11 @@ def test_uniform_mass_is_label_smoothing_of_the_same_mass(build, train_step):
     assert evaluated == pytest.approx(expected)
 
 
-def test_a_control_is_calibrated(trained, corpus, monkeypatch, capsys):
-    arguments = ["calibration", corpus / "pair", "--path", trained, "--gen-subset", "valid,test"]
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
-    calibration.main()
-    printed = capsys.readouterr().out
-    for text in ("valid", "test"):
-        words = sum(len(line.split()) + 1 for line in (corpus / f"{text}.tgt").open())
-        assert f"calibration on {text}: words {words}, accuracy 0." in printed
-
-
-def test_soft_targets_of_words_are_those_of_the_teacher(trained, corpus):
-    cells = soft_targets.soft_targets(trained, str(corpus / "pair"), ["t1", "t2"], shown=3)
-    model, task, config = results_trained.load(trained, str(corpus / "pair"))
-    projection = find_output_projection(model, task.target_dictionary)
-    teacher = task.build_criterion(config.criterion)._new_teacher(projection)
-    teacher.refresh(model.decoder.output_projection.weight)
-    for word, cell in zip(["t1", "t2"], cells):
-        soft = teacher.soft_target(torch.tensor([task.target_dictionary.index(word)]))
-        pairs = zip(soft.ids[0, 1:4].tolist(), soft.weights[0, 1:4].tolist())
-        assert cell == ", ".join(f"{task.target_dictionary[i]} {q:.3f}" for i, q in pairs)
-    with pytest.raises(SystemExit, match="not in the target dictionary are nothing"):
-        soft_targets.soft_targets(trained, str(corpus / "pair"), ["nothing"], shown=3)
-    with pytest.raises(SystemExit, match="there is no checkpoint"):
-        results_trained.load(corpus / "none.pt", str(corpus / "pair"))
-
-
-def test_plausibility_by_its_definition(trained, corpus):
-    loaded = results_trained.load(trained, str(corpus / "pair"))
-    head, near, *_, frequent = plausibility.plausibility(loaded, "valid", 4)
-    assert head[0] == "candidates"
-    words = [word for line in (corpus / "train.tgt").open() for word in line.split()]
-    dictionary = loaded.task.target_dictionary
-    common = [dictionary.index(word) for word, _ in Counter(words).most_common(4)]
-    eligible = torch.tensor([dictionary.index(word) for word in sorted(set(words))]).sort().values
-    table = loaded.model.decoder.output_projection.weight
-    nearest = nearest_neighbors(table, 4, eligible).ids
-    for line, named in ((near, lambda t: nearest[t].tolist()), (frequent, lambda t: common)):
-        elsewhere = on = wrong = among = 0.0
-        for lprobs, target in results_trained.predictions(loaded, "valid"):
-            for row, t in zip(lprobs.exp().tolist(), target.tolist()):
-                first = row.index(max(row))
-                elsewhere += 1 - row[t]
-                on += sum(row[j] for j in named(t) if j != t)
-                wrong += first != t
-                among += first != t and first in named(t)
-        found = f"{on / elsewhere:.1%}", f"{among / wrong:.1%}"
-        assert line[:3] == [line[0], *found]
-    counts = sorted(Counter(words)[dictionary[i]] for i in common)
-    assert frequent[3] == str(counts[1])
+def test_a_control_is_calibrated(trained, corpus):
+    output = command("fairseq-skd", "calibration", trained, corpus / "pair", "--json")
+    (line,) = [line for line in output.splitlines() if line.startswith('{"calibration"')]
+    words = sum(len(line.split()) + 1 for line in (corpus / "valid.tgt").open())
+    assert json.loads(line)["calibration"][0]["words"] == words
 
 
 def test_a_run_goes_on_from_the_checkpoint_of_another_criterion(

@@ -5,13 +5,14 @@ import re
 import shutil
 import sys
 
+import pytest
 import torch
 
 from benchmarks import report
+from experiments.figures import collect, tables
 from fairseq_skd.criterion import SelfKDCriterionConfig
 from fairseq_skd.options import SelfKDOptions
 from fairseq_skd.soft_targets import SelfTeacher
-from results import report as results_report
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,22 +63,38 @@ def test_the_benchmark_tables_are_those_of_the_measurement():
             assert float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
 
 
-def test_the_page_of_results_has_the_tables_and_the_plots_of_its_csv(tmp_path, monkeypatch):
-    docs = ROOT / "docs"
-    for path in docs.glob("results*.csv"):
+@pytest.mark.parametrize("name", ["results", "low-resource"])
+def test_the_pages_of_results_have_the_tables_and_the_plots_of_their_csv(
+    name, tmp_path, monkeypatch
+):
+    docs = ROOT / "docs" / "results"
+    for path in docs.glob(f"{name}*.csv"):
         shutil.copy(path, tmp_path)
-    page = (docs / "results.md").read_text(encoding="utf-8")
+    experiments = {row["experiment"] for row in collect.read(docs / f"{name}.csv")}
     inside = re.compile(r"(<!-- tables of \w+ -->\n).*?(<!-- end)", re.DOTALL)
-    (tmp_path / "results.md").write_text(inside.sub(r"\1\2", page), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["report", "--csv", str(tmp_path / "results.csv")])
-    results_report.main()
-    assert (tmp_path / "results.md").read_text(encoding="utf-8") == page
+    pages = {e: (docs / f"{e}.md").read_text(encoding="utf-8") for e in experiments}
+    for experiment, page in pages.items():
+        emptied = inside.sub(r"\1\2", page)
+        (tmp_path / f"{experiment}.md").write_text(emptied, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["tables", "--csv", str(tmp_path / f"{name}.csv")])
+    tables.main()
+    for experiment, page in pages.items():
+        assert (tmp_path / f"{experiment}.md").read_text(encoding="utf-8") == page
+        assert "| label_smoothing |" in page or "| weight=0 |" in page
     plots = sorted(path.name for path in tmp_path.glob("*.svg"))
-    assert plots == sorted(path.name for path in docs.glob("results-*.svg"))
-    for name in plots:
+    assert plots == sorted(path.name for path in docs.glob(f"{name}-*.svg"))
+    for plot in plots:
         drawn, shown = (
-            re.findall(">([^<]+)</text>", (folder / name).read_text(encoding="utf-8"))
+            re.findall(">([^<]+)</text>", (folder / plot).read_text(encoding="utf-8"))
             for folder in (tmp_path, docs)
         )
         assert drawn == shown
-        assert f"]({name})" in page
+        assert any(f"]({plot})" in page for page in pages.values())
+
+
+def test_every_link_leads_to_something():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)[)#]", page.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"

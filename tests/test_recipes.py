@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from results import collect
+from experiments.figures import collect
 from tests.conftest import PLUGIN, ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -206,11 +206,16 @@ def test_a_language_model_recipe_from_raw_text_to_perplexity(recipe, criterion, 
 
 
 def test_an_experiment_on_validation_text(prepared, tmp_path):
-    """`make results` with one arm, a control, from its plan to its CSV."""
+    """`make experiments` with one arm, a control, from its plan to its CSV."""
     out, _ = prepared(MULTI30K)
     (tmp_path / "multi30k").symlink_to(f"{out}-smoke")
     small = ["--encoder-layers", 1, "--decoder-layers", 1, "--max-tokens", 2000, "--max-epoch", 2]
-    controls = ["--user-dir", "{root}/results/self_kd_controls", "--criterion", "self_kd_random"]
+    controls = [
+        "--user-dir",
+        "{root}/experiments/self_kd_controls",
+        "--criterion",
+        "self_kd_random",
+    ]
     experiment = {"name": "small", "task": "multi30k", "text": "valid"}
     experiment.update(seeds=[1], arms=["random"], length_penalties=[0.6])
     task = {"recipe": "translation/multi30k", "options": small, "evaluate": ["--best"]}
@@ -222,7 +227,7 @@ def test_an_experiment_on_validation_text(prepared, tmp_path):
     OmegaConf.save(plan, tmp_path / "plan.yaml")
     arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
     printed = subprocess.run(
-        [sys.executable, "-m", "results", *map(str, arguments)],
+        [sys.executable, "-m", "experiments", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

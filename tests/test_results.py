@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -12,9 +11,10 @@ import time
 import pytest
 import torch
 
-from results import calibration, collect, compare, plan, report
-from results.__main__ import Runner
-from results.__main__ import main as run_all
+from experiments.__main__ import Runner
+from experiments.__main__ import main as run_all
+from experiments.figures import collect, compare, tables
+from experiments.runner import plan
 from tests.conftest import ROOT
 
 PLAN = """
@@ -44,9 +44,10 @@ test2016, en-de, detokenised text (the figure to quote, with its signature):
 chrF2|nrefs:1|case:lc|version:2.6.0 = 60.2
 test2016, en-de, tokenised text (as papers of this task quote it; not comparable with the above):
 BLEU|nrefs:1|tok:none|version:2.6.0 = 37.5 69/45/31/23 (BP = 0.960 ratio = 0.961 hyp_len = 9)
-calibration on test: words 90, accuracy 0.6100, ECE 0.0250, nll of its own choices 0.5000
+{"calibration": [{"checkpoint": "best.pt", "text": "test", "words": 90, "accuracy": 0.61004, \
+"confidence": 0.7, "ece": 0.02496, "nll": 1.5, "own_nll": 0.5}]}
 """
-FIGURES = 12  # of a run with this log and this evaluation
+FIGURES = 14  # of a run with this log and this evaluation
 
 
 def prepare(tmp_path, text=PLAN):
@@ -106,14 +107,14 @@ def test_an_arm_may_begin_with_what_another_has_learnt(tmp_path):
     trunk, run = plan.read(path, tmp_path)[:2]
     assert trunk.branch == []
     assert run.branch[1:] == [
-        *("-m", "results.branch", str(trunk.folder), "7", str(run.folder)),
+        *("-m", "experiments.runner.branch", str(trunk.folder), "7", str(run.folder)),
         *("--criterion", "self_kd", "--user-dir", str(ROOT / "fairseq_skd")),
     ]
     finish(run)
     conditions = collect.conditions(run)
     assert conditions["trunk"].startswith("examples/translation/multi30k/train.sh label_smoothed")
     command = conditions["command"]
-    assert command.index("results.branch") < command.index(
+    assert command.index("experiments.runner.branch") < command.index(
         " && examples/translation/multi30k/train.sh"
     )
     path.write_text(text.replace("[plain, near]", "[near, plain]"))
@@ -155,8 +156,16 @@ def test_a_plan_of_what_is_not_declared_is_refused(text, message, tmp_path):
 
 
 def refused(path, monkeypatch):
-    """Return why `python -m results` has begun nothing."""
-    arguments = ["results", "--plan", path, "--out", path.parent, "--csv", path.parent / "out.csv"]
+    """Return why `python -m experiments` has begun nothing."""
+    arguments = [
+        "experiments",
+        "--plan",
+        path,
+        "--out",
+        path.parent,
+        "--csv",
+        path.parent / "out.csv",
+    ]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     monkeypatch.setattr(Runner, "run", lambda self: pytest.fail("something was begun"))
     with pytest.raises(SystemExit) as stopped:
@@ -167,13 +176,13 @@ def refused(path, monkeypatch):
 def test_a_plan_whose_data_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch):
     text = PLAN.replace("options: [--lr, 0.5]", "data: small\n    prepare: [--merges, 9]")
     assert refused(prepare(tmp_path, text), monkeypatch) == (
-        f"python -m results: {tmp_path}/small holds no data; first:  "
+        f"python -m experiments: {tmp_path}/small holds no data; first:  "
         f"{ROOT}/examples/translation/multi30k/prepare.sh --out {tmp_path}/small --merges 9"
     )
 
 
 def test_the_plan_of_the_project_is_valid(tmp_path):
-    runs = plan.read(ROOT / "results" / "experiments.yaml", tmp_path)
+    runs = plan.read(ROOT / "experiments" / "plan.yaml", tmp_path)
     # Settings are chosen on validation text alone.
     assert {run.experiment for run in runs if run.text == "test"} == {
         *("comparison", "comparison_long", "comparison_wikitext2"),
@@ -200,8 +209,8 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
         **{"seconds an update": 1.0},  # the median of 50 / 100 and 300 / 200
         **{"minutes of its own updates": 5.8},
         **{"test2016 BLEU": 36.4, "test2016 length ratio": 0.959, "test2016 chrF2": 60.2},
-        **{"test words": 90, "test accuracy": 0.61, "test ECE": 0.025},
-        "test nll of its own choices": 0.5,
+        **{"test words": 90, "test accuracy": 0.61, "test ECE": 0.025, "test nll": 1.5},
+        **{"test confidence": 0.7, "test nll of its own choices": 0.5},
     }
     (bleu,) = [row for row in rows if row["measure"] == "test2016 BLEU"]
     assert bleu["signature"] == "BLEU|nrefs:1|case:lc|version:2.6.0"
@@ -211,7 +220,7 @@ def test_figures_are_those_of_log_and_evaluation(tmp_path):
         f"examples/translation/multi30k/prepare.sh --out {tmp_path}/multi30k"
     )
     assert conditions["command"].startswith("examples/translation/multi30k/train.sh self_kd --out ")
-    assert "python -m results.calibration " in conditions["evaluation"]
+    assert "fairseq-skd calibration " in conditions["evaluation"]
     assert conditions["torch"] == torch.__version__
     assert "1 of " in conditions["device"]
     lines = "".join(collect.length_penalty_lines({0.6: 35.0, 1.0: 35.5}, 1.0))
@@ -273,8 +282,11 @@ def test_a_branch_is_timed_from_where_it_began(tmp_path):
     finish(run)
     log = [INNER.format(n=300, wall=300), VALID.format(loss=3.5, ppl=5.25, n=300)]
     (run.folder / "train.log").write_text("\n".join(log))
-    assert collect.seconds_an_update(trunk) == 1
-    assert collect.seconds_an_update(run) == 3  # 300 s for the updates 201 to 300
+    seconds = [
+        {row["measure"]: row["value"] for row in collect.rows(one)}["seconds an update"]
+        for one in (trunk, run)
+    ]
+    assert seconds == [1, 3]  # 300 s for the updates 201 to 300
     assert compare.updates_to(run, 9.5) == 120  # the trunk's
     assert compare.updates_to(run, 5.3) == 180
     trunk_log = trunk.folder / "train.log"
@@ -310,25 +322,10 @@ def test_fairseqs_r_drop_logs_the_square_of_the_perplexity(tmp_path):
     } == {2.29}
 
 
-def test_calibration_is_that_of_its_definition():
-    # Two bins: choices made with 0.9 are right in 2 of 4 cases, one made with 0.2 is wrong.
-    confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.2])
-    right = torch.tensor([True, True, False, False, False])
-    found = calibration.calibration(confidence, right, torch.tensor([1.0, 2, 3, 4, 5]))
-    assert found.words == 5
-    assert found.accuracy == pytest.approx(0.4)
-    assert found.confidence == pytest.approx(0.76)
-    assert found.ece == pytest.approx((4 * abs(0.5 - 0.9) + 0.2) / 5)
-    assert found.nll == pytest.approx(3)
-    assert found.own_nll == pytest.approx(-(4 * math.log(0.9) + math.log(0.2)) / 5)
-    certain = calibration.calibration(torch.ones(3), torch.ones(3).bool(), torch.zeros(3))
-    assert (certain.ece, certain.accuracy) == (0, 1)
-
-
 def results(tmp_path, *options):
     return subprocess.run(
         [
-            *(sys.executable, "-m", "results", "--plan", tmp_path / "plan.yaml"),
+            *(sys.executable, "-m", "experiments", "--plan", tmp_path / "plan.yaml"),
             *("--out", tmp_path, "--csv", tmp_path / "out.csv", *options),
         ],
         cwd=ROOT,
@@ -381,7 +378,7 @@ def test_what_an_arm_needs_is_waited_for(tmp_path, monkeypatch):
         begun.append((near.folder / "train.out").exists())
         (plain.folder / "done").touch()
 
-    monkeypatch.setattr("results.__main__.time.sleep", sleep)
+    monkeypatch.setattr("experiments.__main__.time.sleep", sleep)
     assert "train.sh self_kd" in Runner([near], jobs=1).run()  # its data is an empty folder
     assert begun == [False]
 
@@ -391,7 +388,7 @@ def test_an_interruption_stops_what_runs(number, tmp_path):
     prepare(tmp_path)
     arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
     with subprocess.Popen(
-        [sys.executable, "-m", "results", *map(str, arguments)],
+        [sys.executable, "-m", "experiments", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -422,7 +419,7 @@ def test_an_interruption_of_the_comparison_is_told_too(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "rows", interrupted)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of the tests stay
     places = ("--out", str(tmp_path), "--csv", str(tmp_path / "out.csv"))
-    monkeypatch.setattr(sys, "argv", ["results", "--plan", str(path), *places])
+    monkeypatch.setattr(sys, "argv", ["experiments", "--plan", str(path), *places])
     with pytest.raises(SystemExit, match="Interrupted"):
         run_all()
     assert len(collect.read(tmp_path / "out.csv")) == 4 * FIGURES  # what was found by then stays
@@ -433,7 +430,7 @@ def test_what_a_killed_program_leaves_behind_keeps_its_folder(tmp_path):
     runs = plan.read(path, tmp_path)[:2]
     arguments = ["--plan", tmp_path / "plan.yaml", "--out", tmp_path, "--csv", tmp_path / "out.csv"]
     with subprocess.Popen(
-        [sys.executable, "-m", "results", "--jobs", "2", *map(str, arguments)],
+        [sys.executable, "-m", "experiments", "--jobs", "2", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     ) as process:
@@ -485,12 +482,12 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path, monkeypat
     monkeypatch.setattr(
         sys, "argv", ["report", "--plan", str(path), "--csv", str(tmp_path / "out.csv")]
     )
-    report.main()
+    tables.main()
     printed = capsys.readouterr().out
     assert printed.startswith("## first: translate\n\ntraining\n\n| arm | seeds | validation")
-    tables = printed.split("\n\n", 1)[1]
     page = (tmp_path / "out.md").read_text()
-    assert page == PAGE.replace("old\n", f"\n{tables}")
+    made = printed.split("\n\n", 1)[1]
+    assert page == PAGE.replace("old\n", f"\n{made}")
     assert (
         "| seconds an update | minutes of its own updates | updates to the baseline's best |"
         in printed
@@ -498,7 +495,7 @@ def test_the_report_compares_seed_by_seed_with_the_first_arm(tmp_path, monkeypat
     assert "| plain | 2 | 5.25 ± 0 | 240 ± 0 | 360 ± 0 | 1 ± 0 | 5.8 ± 0 | 180 ± 0 |" in printed
     assert "| near | 2 | 39.45 ± 4.3 | 0.959 ± 0 | 60.2 ± 0 |" in printed
     assert "| near | 2 | 1.4, 1 |" in printed
-    assert "test\n\n| arm | seeds | words | accuracy | ECE |" in printed
+    assert "test\n\n| arm | seeds | words | accuracy | confidence | ECE |" in printed
     lines = printed[printed.index("test2016, difference to plain (p)") :].splitlines()
     assert lines[2] == "| arm | BLEU, seed 1 | chrF2, seed 1 | BLEU, seed 2 | chrF2, seed 2 |"
     arm, bleu, chrf, *same = lines[4].strip("| ").split(" | ")
@@ -553,7 +550,7 @@ def test_an_arm_that_lacks_figures_is_not_left_out(tmp_path):
         {**row, "arm": "c", "measure": "valid chrF2", "p": "0.25"},
     ]
     order = [("e", "b"), ("e", "a")]
-    scores, differences = report.tables(report.sort(rows, order), compared)
+    scores, differences = tables.tables(tables.sort(rows, order), compared)
     assert scores.splitlines()[2:] == [
         *("| arm | seeds | BLEU | chrF2 |", "|---|---|---|---|"),
         *("| b | 1 | 31 |  |", "| a | 2 | 30 ± 0 | 50 (1 of 2) |"),
@@ -579,7 +576,7 @@ def test_what_all_seeds_have_in_common_is_the_last_table():
         for (arm, seed), found in figures.items()
         for measure, value in {**found, **others}.items()
     ]
-    *_, last = report.tables(rows, [])
+    *_, last = tables.tables(rows, [])
     assert last.splitlines() == [
         *("difference to a, seed by seed", ""),
         "| arm | BLEU, seed 1 | BLEU, seed 2 | BLEU, mean | test perplexity, %, seed 1 | "
@@ -589,12 +586,12 @@ def test_what_all_seeds_have_in_common_is_the_last_table():
         "| c |  |  |  |  | -2.00 | -2.00 |",
     ]
     of_one_seed = [row for row in rows if row["seed"] == "2"]
-    assert not any("seed by seed" in made for made in report.tables(of_one_seed, []))
+    assert not any("seed by seed" in made for made in tables.tables(of_one_seed, []))
 
 
 def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch):
     path = prepare(tmp_path)
     arguments = ["report", "--plan", str(path), "--csv", str(tmp_path / "none.csv")]
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit, match=r"no .*none\.csv; first: python -m results"):
-        report.main()
+    with pytest.raises(SystemExit, match=r"no .*none\.csv; first: python -m experiments"):
+        tables.main()

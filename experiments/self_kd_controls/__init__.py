@@ -1,6 +1,6 @@
 """Controls and variants: criteria that differ from ``self_kd`` in the one thing in question.
 
-A user-dir of fairseq's, for experiments and not for users: an arm of ``experiments.yaml`` names
+A user-dir of fairseq's, for experiments and not for users: an arm of ``plan.yaml`` names
 it with ``--user-dir`` and one of these criteria with ``--criterion``. Options are those of
 ``self_kd``.
 

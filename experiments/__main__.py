@@ -1,7 +1,7 @@
-"""Train and score all arms with all seeds: ``python -m results`` (or ``make results``).
+"""Train and score all arms with all seeds: ``python -m experiments`` (or ``make experiments``).
 
-What is run is declared in ``experiments.yaml``. A run is a recipe's ``train.sh``, its
-``evaluate.sh`` and `results.calibration`. They go on where they were interrupted, so the same
+What is run is declared in ``plan.yaml``. A run is a recipe's ``train.sh``, its
+``evaluate.sh`` and ``fairseq-skd calibration``. They go on where they were interrupted, so the same
 command runs what is missing.
 """
 
@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Set
 
-from results import calibration, collect, compare
-from results.branch import trunk_checkpoint
-from results.plan import ROOT, PlanError, Run, Trunk, check_prepared, read
+from experiments.figures import collect, compare
+from experiments.runner.branch import trunk_checkpoint
+from experiments.runner.plan import ROOT, PlanError, Run, Trunk, check_prepared, read
 
 INTERRUPTED = "\nInterrupted. The same command goes on from here."
 
@@ -30,9 +30,9 @@ INTERRUPTED = "\nInterrupted. The same command goes on from here."
 def main() -> None:
     """Run what is missing, print a line when a run begins and ends, collect the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
+    parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("plan.yaml"))
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="where prepared data is")
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results.csv")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results" / "results.csv")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     args = parser.parse_args()
     if args.jobs < 1:
@@ -49,7 +49,7 @@ def main() -> None:
         failure = Runner(runs, args.jobs).run()
         found = [run for run in runs if collect.complete(run)]
     except (PlanError, OSError) as error:
-        sys.exit(f"python -m results: {error}")
+        sys.exit(f"python -m experiments: {error}")
     if found:
         try:
             figures(found, runs, args.csv)
@@ -99,7 +99,7 @@ class Runner:
             except KeyboardInterrupt:
                 return INTERRUPTED
             except RunError as error:
-                return f"\npython -m results: {error}"
+                return f"\npython -m experiments: {error}"
             finally:
                 self._stop()
         return ""
@@ -134,7 +134,7 @@ class Runner:
             with partial.open("a") as file:
                 file.writelines(collect.length_penalty_lines(found, best))
                 file.write(collect.scored_by(run))
-            self._command(calibration.command(run), partial, "ab", lock)
+            self._command(run.calibrate, partial, "ab", lock)
             rows = collect.rows(run, partial)
             partial.replace(run.evaluation)
         figures = ", ".join(f"{row['measure']} {row['value']}" for row in rows)

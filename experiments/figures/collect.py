@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shlex
-import statistics
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -18,9 +17,9 @@ import torch
 from fairseq import __version__ as fairseq_version
 
 from benchmarks.measure import processor
+from experiments.runner.plan import ROOT, PlanError, Run
 from fairseq_skd import __version__
-from results import calibration
-from results.plan import ROOT, PlanError, Run
+from fairseq_skd.commands.logs import Log, read_log
 
 Row = Dict[str, Union[str, int, float]]
 Curve = List[Tuple[int, float]]
@@ -30,8 +29,11 @@ _SCORE = re.compile(r"^ *((BLEU|chrF2)\|\S+) = ([\d.]+)(?:.*\(BP = [\d.]+ ratio 
 _PERPLEXITY = re.compile(r"^(valid|test): perplexity ([\d.]+) a word .* at least (\d+) words")
 # What `length_penalty_lines` writes.
 _LENGTH_PENALTY = re.compile(r"^(length penalty(?: ([\d.]+), valid BLEU)?): ([\d.]+)$")
-# What `results.calibration` prints.
-_CALIBRATION = re.compile(r"^calibration on (\w+): (.*)$")
+# How figures of `fairseq-skd calibration` are called here.
+_CALIBRATION = {
+    **{"words": "words", "accuracy": "accuracy", "confidence": "confidence", "ece": "ECE"},
+    **{"nll": "nll", "own_nll": "nll of its own choices"},
+}
 # What fairseq logs when it goes on from a checkpoint.
 _RESUMED = re.compile(r"Loaded checkpoint .* \(epoch \d+ @ (\d+) updates\)")
 
@@ -119,7 +121,7 @@ def conditions(run: Run) -> Row:
     noted: Row = json.loads((run.folder / "conditions.json").read_text())
     found = scores(run.evaluation.read_text(encoding="utf-8"))
     penalty = next((value for name, value, _ in found if name == "length penalty"), None)
-    commands = (run.evaluate(run.text, penalty), calibration.command(run))
+    commands = (run.evaluate(run.text, penalty), run.calibrate)
     trunk = _shown(run.trunk.run.train) if run.trunk else ""
     return {
         **which(run),
@@ -148,9 +150,7 @@ def which(run: Run) -> Row:
 
 def curve(run: Run) -> Curve:
     """Return the validation perplexity after so many updates, as often as it was measured."""
-    return [
-        (int(fields["num_updates"]), _perplexity(run, fields)) for fields in _lines(run, "valid")
-    ]
+    return [(int(fields["num_updates"]), _perplexity(run, fields)) for fields in _log(run).valid]
 
 
 def _perplexity(run: Run, fields: Mapping[str, float]) -> float:
@@ -163,46 +163,21 @@ def _perplexity(run: Run, fields: Mapping[str, float]) -> float:
 
 def _training(run: Run) -> Iterator[Tuple[str, float, str]]:
     """Yield validation figures of the checkpoint that fairseq keeps as the best, and the costs."""
-    valid = _lines(run, "valid")
+    log = _log(run)
+    valid = log.valid
     best = min(reversed(valid), key=lambda fields: fields["loss"])  # of equal ones the last
     yield "validation perplexity", round(_perplexity(run, best), 2), ""
     yield "updates to it", int(best["num_updates"]), ""
     yield "updates", int(valid[-1]["num_updates"]), ""
-    seconds = seconds_an_update(run)
+    seconds = log.seconds_an_update(run.trunk.updates if run.trunk else 0)
     if seconds is not None:
-        minutes = sum(fields["train_wall"] for fields in _done(run)) / 60
+        minutes = sum(fields["train_wall"] for fields in log.train) / 60
         yield "seconds an update", round(seconds, 3), ""
         yield "minutes of its own updates", round(minutes, 1), ""
 
 
-def seconds_an_update(run: Run) -> Optional[float]:
-    """Return the median of what an update took, without validation and saving; None if unknown."""
-    inner = _done(run)
-    began_at = float(run.trunk.updates) if run.trunk else 0.0
-    done = [began_at, *(fields["num_updates"] for fields in inner)]
-    # train_wall: seconds since the line before.
-    seconds = [
-        fields["train_wall"] / (now - before) for fields, before, now in zip(inner, done, done[1:])
-    ]
-    return statistics.median(seconds) if seconds else None
-
-
-def _done(run: Run) -> List[Dict[str, float]]:
-    """Return the figures of all updates; of those that an interruption made twice, the second."""
-    last = {fields["num_updates"]: fields for fields in _lines(run, "train_inner")}
-    return [last[updates] for updates in sorted(last)]
-
-
-def _lines(run: Run, kind: str) -> List[Dict[str, float]]:
-    """Return the figures of all lines of one kind in the log of a training."""
-    log = (run.folder / "train.log").read_text(encoding="utf-8")
-    return [_fields(line) for line in log.splitlines() if f" | {kind} | " in line]
-
-
-def _fields(line: str) -> Dict[str, float]:
-    """Return the figures of a line of fairseq's log, ``name value`` or ``name=value``."""
-    found = re.findall(r"(\w+)[ =](-?[\d.]+(?:e[+-]?\d+)?|nan|inf)(?= \||,|$)", line.rstrip())
-    return {name: float(value) for name, value in found}
+def _log(run: Run) -> Log:
+    return read_log(run.folder / "train.log")
 
 
 def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
@@ -217,7 +192,7 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
         elif ", tokenised text" in line:
             data = None
         score, perplexity = _SCORE.match(line), _PERPLEXITY.match(line)
-        calibration, penalty = _CALIBRATION.match(line), _LENGTH_PENALTY.match(line)
+        penalty = _LENGTH_PENALTY.match(line)
         if score and data:
             yield f"{data} {score[2]}", float(score[3]), score[1]
             if score[4]:
@@ -227,10 +202,10 @@ def scores(evaluation: str) -> Iterator[Tuple[str, float, str]]:
             yield f"{perplexity[1]} perplexity", float(perplexity[2]), signature
         elif penalty:
             yield penalty[1], float(penalty[3]), ""
-        elif calibration:
-            for part in calibration[2].split(", "):
-                name, value = part.rsplit(" ", 1)
-                yield f"{calibration[1]} {name}", float(value), ""
+        elif line.startswith('{"calibration": '):
+            for row in json.loads(line)["calibration"]:
+                for name, shown in _CALIBRATION.items():
+                    yield f"{row['text']} {shown}", round(float(row[name]), 4), ""
 
 
 def length_penalty_lines(found: Dict[float, float], best: Optional[float]) -> Iterator[str]:

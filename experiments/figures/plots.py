@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from benchmarks.report import save, svg_pyplot
-from results.collect import Curve
+from experiments.figures.collect import Curve
 
 # From the left; those that an experiment has none of are left out.
 MEASURES = [

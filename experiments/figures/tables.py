@@ -1,13 +1,13 @@
-"""Tables of the results, as Markdown, and their plots: ``python -m results.report``.
+"""Tables of the results, as Markdown, and their plots: ``python -m experiments.figures.tables``.
 
 For every experiment the mean and the sample standard deviation over seeds of every figure; "(2 of
 3)" where not all seeds have it. What was translated is also compared, seed by seed, with the
-baseline: the difference of BLEU and chrF2 and its p (`results.compare`). Where there are several
-seeds, the last table has each seed's difference to the baseline, with all texts together, and its
-mean: what all seeds have in common. All of it comes from the CSV files that ``python -m results``
-writes, so it needs none of the runs' folders. The plots are written beside them; a page of their
-name, ``.md``, gets its tables between the lines ``<!-- tables of NAME -->`` and
-``<!-- end of NAME -->``.
+baseline: the difference of BLEU and chrF2 and its p (`experiments.figures.compare`). Where there
+are several seeds, the last table has each seed's difference to the baseline, with all texts
+together, and its mean: what all seeds have in common. All of it comes from the CSV files that
+``python -m experiments`` writes, so it needs none of the runs' folders. The plots are written
+beside them; the pages there, ``.md``, get their tables between the lines
+``<!-- tables of NAME -->`` and ``<!-- end of NAME -->``.
 """
 
 import argparse
@@ -17,20 +17,21 @@ import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from results import collect, plots
-from results.compare import REACHED
-from results.plan import ROOT, PlanError, read
+from experiments.figures import collect, plots
+from experiments.figures.compare import REACHED
+from experiments.runner.plan import ROOT, PlanError, read
 
+COMMAND = "python -m experiments.figures.tables"
 TRAINING = "training"
 CHOICE = "length penalty"
 Rows = Sequence[Dict[str, str]]
 
 
 def main() -> None:
-    """Print the tables of all figures, put them into the page, and draw the plots."""
+    """Print the tables of all figures, put them into the pages, and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("experiments.yaml"))
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results.csv")
+    parser.add_argument("--plan", type=Path, default=ROOT / "experiments" / "plan.yaml")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results" / "results.csv")
     args = parser.parse_args()
     try:
         order = declared_order(args.plan)
@@ -38,21 +39,20 @@ def main() -> None:
         paths = [args.csv, *(collect.beside(args.csv, name) for name in names)]
         found, curves, compared = (sort(collect.read(path), order) for path in paths)
     except FileNotFoundError as error:
-        sys.exit(f"python -m results.report: no {error.filename}; first: python -m results")
+        sys.exit(f"{COMMAND}: no {error.filename}; first: python -m experiments")
     except (PlanError, OSError) as error:
-        sys.exit(f"python -m results.report: {error}")
-    page = args.csv.with_suffix(".md")
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
+        sys.exit(f"{COMMAND}: {error}")
+    pages = {page: page.read_text(encoding="utf-8") for page in args.csv.parent.glob("*.md")}
     for name in dict.fromkeys(row["experiment"] for row in found):
         rows, points, others = (
             [row for row in some if row["experiment"] == name] for some in (found, curves, compared)
         )
         made = "".join(f"{part}\n" for part in tables(rows, others))
         print(f"## {name}: {rows[0]['task']}\n\n{made}", end="")
-        text = placed(text, name, made)
+        pages = {page: placed(text, name, made) for page, text in pages.items()}
         plots.arms(values(rows), args.csv.with_name(f"{args.csv.stem}-{name}.svg"))
         plots.curves(_curves(points), args.csv.with_name(f"{args.csv.stem}-{name}-curves.svg"))
-    if page.exists():
+    for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Begin a run with what another one has learnt so far: ``python -m results.branch``.
+"""Begin a run with what another one has learnt so far: ``python -m experiments.runner.branch``.
 
 Until distillation begins, self-KD trains what its baseline trains. So runs that begin it at the
 same update may share all updates before it: the folder of each gets the baseline's checkpoint of

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("valid", "test")
 
 
@@ -38,7 +38,7 @@ class Run:
     length_penalties : sequence of float
         Of which the one with the best BLEU on validation text is taken; none: the recipe's.
     trunk : Trunk, optional
-        What it begins with; see `results.branch`.
+        What it begins with; see `experiments.runner.branch`.
     after : Path, optional
         The folder of a run that has to be trained before this one begins.
     prepare : sequence of str
@@ -80,7 +80,7 @@ class Run:
         """The command before it, if the run has a trunk: it begins with that."""
         if self.trunk is None:
             return []
-        program = [sys.executable, "-m", "results.branch"]
+        program = [sys.executable, "-m", "experiments.runner.branch"]
         folders = [str(self.trunk.run.folder), str(self.trunk.updates), str(self.folder)]
         user_dir = self.option("--user-dir") or str(ROOT / "fairseq_skd")
         criterion = self.option("--criterion") or self.criterion
@@ -92,6 +92,17 @@ class Run:
         generation = [] if length_penalty is None else ["--lenpen", str(length_penalty)]
         options = [*only_valid, *self.evaluation_options, *generation]
         return [str(self.recipe / "evaluate.sh"), *self._which(), *options]
+
+    @property
+    def calibrate(self) -> List[str]:
+        """The command that predicts all of its texts, after evaluation."""
+        average = self.folder / "average.pt"
+        averaged = average.exists() and "--best" not in self.evaluation_options
+        checkpoint = average if averaged else self.folder / "checkpoint_best.pt"
+        data = self.out / "data"
+        texts = sorted({path.name.split(".")[0] for path in data.glob(f"{self.text}*.bin")})
+        program = [str(Path(sys.executable).parent / "fairseq-skd"), "calibration"]
+        return [*program, str(checkpoint), str(data), "--text", ",".join(texts), "--json"]
 
     def option(self, name: str) -> Optional[str]:
         """Return the value of an option for fairseq-train, None if it is not given."""
@@ -117,7 +128,7 @@ def read(path: Path, out: Path) -> List[Run]:
     Parameters
     ----------
     path : Path
-        A YAML file with ``tasks``, ``arms`` and ``experiments``; ``experiments.yaml`` is one, and
+        A YAML file with ``tasks``, ``arms`` and ``experiments``; ``plan.yaml`` is one, and
         says what they mean.
     out : Path
         Holds one folder of prepared data for each task, with the name of its recipe or of ``data``.

@@ -6,9 +6,9 @@ from typing import Dict, Iterator, List, Optional, Sequence
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from results import collect
-from results.collect import Row
-from results.plan import Run
+from experiments.figures import collect
+from experiments.figures.collect import Row
+from experiments.runner.plan import Run
 
 SAMPLES = 1000
 REACHED = "updates to the baseline's best"
