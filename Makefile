@@ -7,7 +7,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.10 python3.9 python3; d
 	$$p -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 READY := $(VENV)/ready
 
-.PHONY: quickstart test test-matrix lint benchmark gpu results clean
+.PHONY: quickstart test test-matrix lint benchmark gpu experiments results clean
 
 quickstart: $(READY)
 	@$(VENV)/bin/python examples/quickstart/run.py $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -33,8 +33,11 @@ gpu:
 	@benchmarks/gpu.sh $(if $(OUT),--out "$(OUT)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
 # Hours, in the background if you like: it goes on where it was interrupted. JOBS=2: two runs side by side.
-results: $(READY)
-	$(VENV)/bin/python -m results $(if $(JOBS),--jobs "$(JOBS)")
+experiments: $(READY)
+	$(VENV)/bin/python -m experiments $(if $(JOBS),--jobs "$(JOBS)")
+
+# Its name up to version 0.1.
+results: experiments
 
 # torch alone and first, so that no other package chooses its version.
 $(READY): setup.py constraints.txt

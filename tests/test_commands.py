@@ -5,7 +5,11 @@ import io
 import json
 import math
 import pickle
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from PIL import Image
 from sacrebleu import BLEU, CHRF
 
 from fairseq_skd import SelfTeacher, automatic_sigma, nearest_neighbors
-from fairseq_skd.commands import calibration, compare, teaching, trained
+from fairseq_skd.commands import calibration, compare, output, teaching, trained
 from fairseq_skd.commands.logs import read_log
 from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.options import SelfKDOptions
@@ -101,7 +105,9 @@ def test_neighbors_of_some_words_of_a_large_table():
     torch.manual_seed(1)
     weight = torch.randn(5_001, 8)
     eligible = torch.arange(5_000)
-    fake = type("Fake", (), {"path": plain_path(), "eligible": lambda self: (eligible, "all")})()
+    fake = type(
+        "Fake", (), {"path": Path("made-up.pt"), "eligible": lambda self: (eligible, "all")}
+    )()
     fake.projection = type("Projection", (), {"weight": weight})()
     words = torch.tensor([7, 5_000, 11])
     teacher, title = teaching.teacher_for(fake, SelfKDOptions(), words)
@@ -112,12 +118,6 @@ def test_neighbors_of_some_words_of_a_large_table():
     assert (soft.ids[:, 1:] == whole.ids[words]).all()
     with pytest.raises(ValueError, match="sigma must be a number"):
         SelfTeacher().refresh(weight, words)
-
-
-def plain_path():
-    from pathlib import Path
-
-    return Path("made-up.pt")
 
 
 def test_random_and_most_confused_words(language_model):
@@ -355,8 +355,7 @@ def test_what_is_refused(plain, corpus, tmp_path):
     (tmp_path / "short").write_text("one\n")
     (tmp_path / "empty").write_text("")
     torch.save({"model": 3}, tmp_path / "three.pt")
-    other = tmp_path / "other"
-    other.mkdir()
+    other = shutil.copytree(data, tmp_path / "other")
     for side in ("src", "tgt"):
         lines = (data / f"dict.{side}.txt").read_text().splitlines()
         (other / f"dict.{side}.txt").write_text("\n".join(lines[:-9]) + "\n")
@@ -415,19 +414,12 @@ def test_words_of_pieces_are_readable():
 
 
 def test_pictures_need_matplotlib(monkeypatch):
-    import sys
-
-    from fairseq_skd.commands import output
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(output.CommandError, match=r"pip install 'fairseq_skd\[view\]'"):
         output.pyplot()
 
 
 def test_training_imports_no_command():
-    import subprocess
-    import sys
-
     code = "import sys, fairseq_skd; print([m for m in sys.modules if 'skd.commands' in m])"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert done.stdout.strip().endswith("[]")
