@@ -64,22 +64,25 @@ def plot(rows: List[Row], path: Path) -> None:
     steps = [row for row in rows if row["what"].startswith("training step")]
     shapes = list(dict.fromkeys(map(_place, steps)))
     names = list(dict.fromkeys(row["name"] for row in steps if row["name"] != BASELINE))
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.62 * len(shapes)))
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.75 * len(shapes)))
     for offset, name in enumerate(names):
         bars = {_place(row): row for row in steps if row["name"] == name}
         height = 0.8 / len(names)
         middle = (len(names) - 1) / 2
         places = [i + height * (offset - middle) for i, shape in enumerate(shapes) if shape in bars]
         ratios = [float(bars[shape]["ratio"]) for shape in shapes if shape in bars]
-        axes.barh(places, ratios, height=0.95 * height, label=name)
+        shade = {"color": str(0.15 + 0.7 * offset / max(1, len(names) - 1)), "edgecolor": "black"}
+        axes.barh(places, ratios, 0.9 * height, label=name, linewidth=0.4, **shade)
         for place, ratio in zip(places, ratios):
-            axes.annotate(f" {ratio:.2f}", (min(ratio, 2.0), place), va="center", fontsize=7)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(0, 2.2)  # R-Drop's bars end far outside; their figures are beside them
+            # In a column beside the axes: not on the line, nor in a bar that is cut off.
+            shown = f"{ratio:.2f}" if ratio <= 2 else f"{ratio:.2f}, cut off"
+            axes.annotate(shown, (2.04, place), va="center", fontsize=6, annotation_clip=False)
+    axes.axvline(1, color="black", linewidth=0.8, label=BASELINE)
+    axes.set_xlim(0, 2)
     axes.set_yticks(range(len(shapes)), shapes)
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds of a training step, {BASELINE} = 1 (less is better)")
-    axes.legend(loc="lower right", fontsize=7)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=7)
     save(figure, path)
 
 

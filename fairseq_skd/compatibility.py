@@ -4,6 +4,7 @@ Tried with ve-fairseq 0.12.3 (torch 2.13) and fairseq 0.12.2 (torch 2.5).
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
@@ -21,6 +22,7 @@ from fairseq.trainer import Trainer
 from torch.torch_version import TorchVersion
 
 from fairseq_skd.past import TextLayout
+from fairseq_skd.schedule import TrainingLength
 
 __all__ = [
     "allow_fairseqs_checkpoints",
@@ -31,6 +33,7 @@ __all__ = [
     "target_side_words",
     "tell_criteria_of_updates",
     "text_layout",
+    "training_length",
     "unwrap",
     "wait_for_other_workers",
 ]
@@ -77,11 +80,49 @@ def tell_criteria_of_updates() -> None:
     def train_step(self: Trainer, samples: List[Any], *args: Any, **kwargs: Any) -> Any:
         criterion = self.get_criterion()
         if hasattr(criterion, "begin_update"):
-            criterion.begin_update(self.get_num_updates(), samples, self.cfg.checkpoint.save_dir)
+            criterion.begin_update(
+                self.get_num_updates(), samples, self.cfg.checkpoint.save_dir, training_length(self)
+            )
         return original(self, samples, *args, **kwargs)
 
     train_step.tells_criteria = True  # type: ignore[attr-defined]
     Trainer.train_step = train_step
+    get_train_iterator = Trainer.get_train_iterator
+
+    @functools.wraps(get_train_iterator)
+    def remembering(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.self_kd_iterator = get_train_iterator(self, *args, **kwargs)
+        return self.self_kd_iterator
+
+    Trainer.get_train_iterator = remembering
+
+
+def training_length(trainer: Any) -> TrainingLength:
+    """Return how long a training will be: by ``--max-update``, else by ``--max-epoch``.
+
+    What an epoch has is known of the first one that is loaded (of a resumed run the present one).
+    """
+    known = getattr(trainer, "self_kd_length", None)
+    if known is not None:
+        return known
+    options = trainer.cfg.optimization
+    warmup = getattr(trainer.cfg.lr_scheduler, "warmup_updates", 0) or 0
+    updates, source = None, "neither --max-update nor --max-epoch"
+    if options.max_update:
+        updates, source = int(options.max_update), f"--max-update {options.max_update}"
+    iterator = getattr(trainer, "self_kd_iterator", None)
+    if options.max_epoch and iterator is not None:
+        frequencies = list(options.update_freq)
+        with contextlib.suppress(NotImplementedError):  # of data that streams
+            batches = len(iterator)
+            by_epochs = sum(
+                -(-batches // frequencies[min(epoch, len(frequencies) - 1)])
+                for epoch in range(int(options.max_epoch))
+            )
+            if updates is None or by_epochs < updates:
+                updates, source = by_epochs, f"--max-epoch {options.max_epoch}"
+    trainer.self_kd_length = TrainingLength(updates, int(warmup), source)
+    return trainer.self_kd_length
 
 
 def remember_words_from_files() -> None:

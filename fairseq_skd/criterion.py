@@ -23,13 +23,14 @@ from fairseq_skd import compatibility
 from fairseq_skd.linear_loss import self_kd_linear_cross_entropy
 from fairseq_skd.loss import TopWords, ends_in_product, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import SIMILARITIES
-from fairseq_skd.options import TEACHERS, SelfKDOptions, parse_sigma
+from fairseq_skd.options import TEACHERS, SelfKDOptions, parse_sigma, parse_updates
 from fairseq_skd.output_projection import (
     OutputProjection,
     UnsupportedModelError,
     find_output_projection,
 )
 from fairseq_skd.past import PastPredictions
+from fairseq_skd.schedule import UNKNOWN, TrainingLength, derived_schedule
 from fairseq_skd.schedule import self_kd_weight as weight_at
 from fairseq_skd.self_check import check_linear_loss, check_loss, soft_target_of
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
@@ -52,13 +53,19 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default=SelfKDOptions.weight,
         metadata={"help": "final share of the distillation term in the loss (alpha), 0 to 1"},
     )
-    self_kd_start_update: int = field(
-        default=SelfKDOptions.start_update,
-        metadata={"help": "update up to which nothing is distilled (K)"},
+    self_kd_start_update: str = field(
+        default="auto",
+        metadata={
+            "help": "update up to which nothing is distilled (K); auto derives it from the length "
+            "of the training"
+        },
     )
-    self_kd_ramp_updates: int = field(
-        default=SelfKDOptions.ramp_updates,
-        metadata={"help": "updates in which alpha grows from 0 to its final value"},
+    self_kd_ramp_updates: str = field(
+        default="auto",
+        metadata={
+            "help": "updates in which alpha grows from 0 to its final value; auto derives it from "
+            "the length of the training"
+        },
     )
     self_kd_candidates: ChoiceEnum(TEACHERS) = field(  # type: ignore[valid-type]
         default=SelfKDOptions.candidates,
@@ -120,6 +127,9 @@ def options_of(cfg: Any) -> SelfKDOptions:
     for choice in ("candidates", "similarity"):
         values[choice] = str(values[choice])  # fairseq's ChoiceEnum
     values["sigma"] = parse_sigma(values["sigma"])
+    for name in ("start_update", "ramp_updates"):
+        option = f"--self-kd-{name.replace('_', '-')}"
+        values[name] = parse_updates(option, values[name])
     values["past_file"] = None if values["past_file"] == "auto" else values["past_file"]
     return SelfKDOptions(**values)
 
@@ -151,7 +161,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     ``--self-kd-refresh-interval``, or before distillation had begun, since then both measure the
     neighbours from the same weights; with `past`, if nothing was trained after the checkpoint that
     the run is resumed from (and, on a GPU, the run was not killed: the last batch's record is
-    written with the next one, or at the end).
+    written with the next one, or at the end). A schedule that is `auto` follows ``--max-update``
+    and ``--max-epoch``: with others the resumed run has another schedule, and logs it.
 
     Parameters
     ----------
@@ -184,12 +195,18 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         self._past: Optional[PastPredictions] = None
         self._checked: Set[Tuple[str, bool]] = set()
         self._num_updates: Optional[int] = None
+        start, ramp = self.options.start_update, self.options.ramp_updates
+        self._schedule = None if start is None or ramp is None else (start, ramp)
         self._sentences: Deque[Optional[np.ndarray]] = deque()
         self._save_dir: Optional[str] = None
         logger.info(self.options.signature())
 
     def begin_update(
-        self, num_updates: int, samples: Sequence[Any] = (), save_dir: Optional[str] = None
+        self,
+        num_updates: int,
+        samples: Sequence[Any] = (),
+        save_dir: Optional[str] = None,
+        length: Optional[TrainingLength] = None,
     ) -> None:
         """Take note that an update begins. fairseq's trainer says so, by `compatibility`.
 
@@ -203,8 +220,12 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             without waiting for a GPU.
         save_dir : str, optional
             The run's folder.
+        length : TrainingLength, optional
+            From which a schedule that is `auto` is derived, once.
         """
         self._num_updates = num_updates
+        if self._schedule is None:
+            self._schedule = self._derive(length)
         self._save_dir = save_dir
         if self.options.candidates == "past":
             self._sentences = deque(
@@ -393,9 +414,23 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     def _updates_done(self) -> int:
         return self._num_updates or 0
 
+    def _derive(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
+        """Return start and ramp, those that were given and derived ones, and log them."""
+        options = self.options
+        start, ramp = derived_schedule(options.candidates, length)
+        start = start if options.start_update is None else options.start_update
+        ramp = ramp if options.ramp_updates is None else options.ramp_updates
+        source = "no length of the training" if length is None else length.source
+        if options.weight:
+            logger.info(
+                f"self_kd: from {source}: start at update {start}, ramp of {ramp} updates "
+                f"(--self-kd-start-update {start} --self-kd-ramp-updates {ramp})"
+            )
+        return start, ramp
+
     def _weight(self) -> float:
         options = self.options
-        schedule = options.weight, options.start_update, options.ramp_updates
+        schedule = options.weight, *(self._schedule or UNKNOWN)
         if self._num_updates is None and weight_at(0, *schedule) != options.weight:
             # Without a schedule the number does not matter; with one, guessing it would train
             # another objective than the one that was asked for.

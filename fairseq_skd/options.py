@@ -8,7 +8,7 @@ from fairseq_skd.neighbors import SIMILARITIES
 from fairseq_skd.soft_targets import CANDIDATES
 from fairseq_skd.version import __version__
 
-__all__ = ["TEACHERS", "SelfKDOptions", "parse_sigma"]
+__all__ = ["TEACHERS", "SelfKDOptions", "parse_sigma", "parse_updates"]
 
 #: Where soft targets can come from: the candidates of a `SelfTeacher`, or `PastPredictions`.
 TEACHERS = (*CANDIDATES, "past")
@@ -26,8 +26,9 @@ class SelfKDOptions:
 
     # Similarity, scale and weight are what validation text has chosen: docs/results.md
     weight: float = 0.5
-    start_update: int = 1000
-    ramp_updates: int = 1000
+    # None: derived from the length of the training, `schedule.derived_schedule`
+    start_update: Optional[int] = None
+    ramp_updates: Optional[int] = None
     candidates: str = "neighbors"
     top_k: int = 10
     similarity: str = "cosine"
@@ -41,8 +42,9 @@ class SelfKDOptions:
     def __post_init__(self) -> None:
         self._check("weight", 0 <= self.weight <= 1, "a number from 0 to 1")
         self._check("max_mass", 0 <= self.max_mass <= 1, "a number from 0 to 1")
-        self._check("start_update", self.start_update >= 0, "0 or more updates")
-        self._check("ramp_updates", self.ramp_updates >= 0, "0 or more updates")
+        for name in ("start_update", "ramp_updates"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 0, "'auto', or 0 or more updates")
         self._check("refresh_interval", self.refresh_interval >= 1, "1 or more updates")
         self._check("top_k", self.top_k >= 1, "1 or more words")
         self._check("candidates", self.candidates in TEACHERS, ", ".join(TEACHERS))
@@ -58,7 +60,10 @@ class SelfKDOptions:
 
     def signature(self) -> str:
         """Return one line that says what was computed, to be quoted beside a result."""
-        schedule = f"weight:{self.weight}|start:{self.start_update}|ramp:{self.ramp_updates}"
+        start, ramp = (
+            "auto" if value is None else value for value in (self.start_update, self.ramp_updates)
+        )
+        schedule = f"weight:{self.weight}|start:{start}|ramp:{ramp}"
         if self.candidates == "past":  # which knows no distances
             return f"self_kd|cand:past|k:{self.top_k}|{schedule}|version:{__version__}"
         sigma = f"auto*{self.sigma_scale}" if self.sigma is None else f"{self.sigma}"
@@ -85,3 +90,19 @@ def parse_sigma(value: Union[str, float, None]) -> Optional[float]:
         raise ValueError(
             f"--self-kd-sigma is {value!r}; allowed: 'auto' or a positive number"
         ) from None
+
+
+def parse_updates(option: str, value: Union[str, int, None]) -> Optional[int]:
+    """Return a number of updates, or None for automatic (``"auto"`` or None).
+
+    Raises
+    ------
+    ValueError
+        If the text is neither a whole number nor ``auto``.
+    """
+    if value is None or value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{option} is {value!r}; allowed: 'auto', or 0 or more updates") from None

@@ -275,6 +275,52 @@ def test_going_on_from_a_checkpoint_of_another_criterion(corpus, tmp_path):
     assert "Loaded checkpoint" in output
 
 
+@pytest.mark.parametrize(
+    ("candidates", "length", "found"),
+    [
+        # Three batches an epoch, two of them in an update.
+        (
+            "past",
+            ["--max-epoch", 3, "--update-freq", 2],
+            "--max-epoch 3: start at update 0, ramp of 6",
+        ),
+        (
+            "past",
+            ["--max-update", 5, "--max-epoch", 3],
+            "--max-update 5: start at update 0, ramp of 5",
+        ),
+        ("neighbors", ["--max-update", 24], "--max-update 24: start at update 6, ramp of 2"),
+        (
+            "neighbors",
+            ["--max-update", 24, "--self-kd-start-update", 3],
+            "start at update 3, ramp of 2",
+        ),
+    ],
+)
+def test_a_schedule_is_derived_from_the_length_of_the_training(
+    corpus, tmp_path, candidates, length, found
+):
+    output = train(
+        corpus / "pair",
+        tmp_path,
+        *("--max-tokens", 400, "--disable-validation", "--no-save", *length),
+        *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2),
+        *("--criterion", "self_kd", "--self-kd-candidates", candidates),
+        base=TRANSFORMER,
+    )
+    assert found in output
+    assert "|start:auto|ramp:auto" in output or "|start:3|ramp:auto" in output
+    total = int(re.search(r"start at update \d+, ramp of (\d+)", output)[1])
+    last = logged(output)[-1]
+    if candidates == "past":
+        done = int(last["num_updates"])
+        assert done == total
+        # alpha of the last update is that of the one before it was made.
+        assert float(last["self_kd_weight"]) == pytest.approx(0.5 * (done - 1) / total, abs=1e-4)
+    else:
+        assert float(last["self_kd_weight"]) == 0.5
+
+
 def test_the_other_name_goes_on_with_a_run(translation, corpus, tmp_path):
     checkpoint = translation[0] / "checkpoint1.pt"
     other = ["--criterion", "self_kd_label_smoothed_cross_entropy", *SELF_KD[2:]]

@@ -16,6 +16,7 @@ from fairseq_skd import (
     self_kd_weight,
     soft_target,
 )
+from fairseq_skd.schedule import TrainingLength, derived_schedule
 from fairseq_skd.soft_targets import CANDIDATES
 
 # Five words on a line, at 0, 1, 3, 3.5 and 10.
@@ -30,6 +31,20 @@ class TestSchedule:
     def test_without_a_ramp_it_starts_at_once(self):
         assert [self_kd_weight(u, 0.8, start_update=3) for u in (2, 3, 4)] == [0, 0.8, 0.8]
         assert self_kd_weight(0, 0.8) == 0.8
+
+    @pytest.mark.parametrize(
+        ("candidates", "updates", "warmup", "expected"),
+        [
+            ("past", 6000, 500, (0, 6000)),
+            ("neighbors", 6000, 500, (1500, 500)),
+            ("prediction", 6000, 2000, (2000, 500)),
+            ("past", None, 500, (1000, 1000)),
+        ],
+    )
+    def test_derived_from_the_length(self, candidates, updates, warmup, expected):
+        length = TrainingLength(updates, warmup, "somewhere")
+        assert derived_schedule(candidates, length) == expected
+        assert derived_schedule(candidates, None) == (1000, 1000)
 
 
 class TestNeighborsByHand:

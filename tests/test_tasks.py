@@ -81,9 +81,9 @@ def measured(monkeypatch):
     found = []
     original = soft_targets.nearest_neighbors
 
-    def counting(embedding, *arguments):
+    def counting(embedding, *arguments, **named):
         found.append(len(embedding))
-        return original(embedding, *arguments)
+        return original(embedding, *arguments, **named)
 
     monkeypatch.setattr(soft_targets, "nearest_neighbors", counting)
     return found
