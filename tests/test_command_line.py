@@ -362,10 +362,12 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     arguments = ["--pairs", pairs, "--langs", "xx-yy", "--out", tmp_path / "out"]
     arguments += ["--updates", 50, "--max-tokens", 200]
     output = quickstart(*arguments)
-    assert "update    50 of 50" in output
+    assert "label smoothing update    50 of 50" in output
+    assert "self-KD         update    50 of 50" in output
     assert re.search(r"label smoothing +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
     assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in output
     assert len(re.findall(r"^self-KD: ", output, re.MULTILINE)) == 3
+    assert (tmp_path / "out" / "quickstart.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results) == {"label smoothing", "self-KD", "signature", "p_value"}
     again = quickstart(*arguments)

@@ -80,3 +80,39 @@ def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
         text.CorpusError, match=r"failed: E: Unable to locate(.|\n)*PAIRS=file\.tsv"
     ):
         text.fetch_help(("en", "xx"), tmp_path / "download")
+
+
+def test_languages_without_spaces_and_with_vowel_signs_are_kept():
+    pairs = [
+        (
+            "This is a very small house by the sea.",
+            "\u8fd9\u662f\u6d77\u8fb9\u7684\u4e00\u5ea7\u5c0f\u623f\u5b50\u3002",
+        ),
+        (
+            "This is a very small house by the sea.",
+            "\u3053\u308c\u306f\u6d77\u8fba\u306e\u5c0f\u3055\u306a\u5bb6\u3067\u3059\u3002",
+        ),
+        (
+            "This is a very small house.",
+            "\u0e19\u0e35\u0e48\u0e04\u0e37\u0e2d\u0e1a\u0e49\u0e32\u0e19\u0e2b\u0e25\u0e31\u0e07\u0e40\u0e25\u0e47\u0e01",
+        ),
+        ("This is a house.", "\u092f\u0939 \u090f\u0915 \u0918\u0930 \u0939\u0948"),
+    ]
+    assert text.clean(pairs) == pairs
+    assert text.words("\u6d77\u8fb9 house") == 2
+    assert text.clean([("one", "\u6d77" * 40)]) == []  # far longer than the other side
+    assert text.clean(pairs, longest=4) == pairs[3:]
+
+
+@pytest.mark.parametrize(
+    ("given", "languages"),
+    [("en-de", ("en", "de")), ("pt-br-en", ("pt-br", "en")), ("en-zh-CN", ("en", "zh-cn"))],
+)
+def test_languages_of_regions(given, languages):
+    assert text.languages_of(given) == languages
+
+
+@pytest.mark.parametrize("given", ["en", "en-en", "a-b-c", "-de"])
+def test_other_languages_are_refused(given):
+    with pytest.raises(text.CorpusError, match=f"--langs is '{given}'; allowed: two languages"):
+        text.languages_of(given)

@@ -22,7 +22,13 @@ OWN_FILE = (
     "With a corpus of your own, one pair a line and a tab between:  PAIRS=file.tsv make quickstart"
 )
 
-_HELP_FOLDER = {"en": "en-US"}
+_HELP_FOLDER = {"en": "en-US", "pt-br": "pt-BR", "zh-cn": "zh-CN", "zh-tw": "zh-TW"}
+LONGEST = 50
+# Chinese and Japanese characters, Thai, Lao, Burmese and Khmer.
+_WITHOUT_SPACES = re.compile(
+    "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\U00020000-\U0003134f]"
+)
 _PARAGRAPHS = "//*[self::p or self::h1 or self::h2 or self::h3 or self::h4 or self::h5 or self::h6]"
 
 
@@ -128,20 +134,42 @@ def read_pairs(path: Path) -> List[Pair]:
     return pairs
 
 
-def clean(pairs: Iterable[Pair]) -> List[Pair]:
-    """Keep pairs of real, different sentences of 1 to 50 words and similar length, once each."""
+def clean(pairs: Iterable[Pair], longest: int = LONGEST) -> List[Pair]:
+    """Keep pairs of real, different sentences of similar length, once each.
+
+    Parameters
+    ----------
+    pairs : iterable of (str, str)
+        Source and target.
+    longest : int
+        Words that a sentence may have; see `words`.
+    """
     kept: Dict[Pair, None] = {}
     for source, target in pairs:
         source, target = " ".join(source.split()), " ".join(target.split())
-        lengths = sorted((len(source.split()), len(target.split())))
+        lengths = sorted((words(source), words(target)))
         if (
             source != target
             and lengths[0] >= 1
-            and lengths[1] <= min(50, 2.5 * lengths[0] + 3)
-            and all(sum(map(str.isalpha, side)) * 2 >= len(side) for side in (source, target))
+            and lengths[1] <= min(longest, 2.5 * lengths[0] + 3)
+            and all(sum(map(_is_letter, side)) * 2 >= len(side) for side in (source, target))
         ):
             kept[source, target] = None
     return list(kept)
+
+
+def words(text: str) -> float:
+    """Return about how many words a text has.
+
+    Between spaces; where a script has none between words, two of its letters count as a word.
+    """
+    joined = len(_WITHOUT_SPACES.findall(text))
+    return len(_WITHOUT_SPACES.sub(" ", text).split()) + joined / 2
+
+
+def _is_letter(character: str) -> bool:
+    # Vowel signs (of Hindi, say) are marks, of which str.isalpha knows nothing.
+    return unicodedata.category(character)[0] in "LM"
 
 
 def split(pairs: List[Pair], held_out: int, seed: int = 1) -> Dict[str, List[Pair]]:
@@ -177,6 +205,25 @@ def split(pairs: List[Pair], held_out: int, seed: int = 1) -> Dict[str, List[Pai
     return {"train": train, "valid": valid, "test": test}
 
 
+def languages_of(text: str) -> Tuple[str, str]:
+    """Return the two languages of ``en-de``, ``pt-br-en`` or ``en-zh-cn``.
+
+    Raises
+    ------
+    CorpusError
+        If there are not two different ones.
+    """
+    parts = text.lower().split("-")
+    ways = [("-".join(parts[:i]), "-".join(parts[i:])) for i in range(1, len(parts))]
+    known = [way for way in ways if all("-" not in one or one in _HELP_FOLDER for one in way)]
+    if len(known) != 1 or known[0][0] == known[0][1] or not all(known[0]):
+        regional = ", ".join(name for name in _HELP_FOLDER if "-" in name)
+        raise CorpusError(
+            f"--langs is {text!r}; allowed: two languages, such as en-de, also with {regional}"
+        )
+    return known[0]
+
+
 def normalise(text: str) -> str:
     """Return a text's letters and digits alone, in one case."""
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
@@ -189,8 +236,8 @@ def write(parts: Dict[str, List[Pair]], languages: Tuple[str, str], folder: Path
         for side, language in enumerate(languages):
             text = "".join(pair[side] + "\n" for pair in pairs)
             (folder / f"{name}.{language}").write_text(text, encoding="utf-8")
-        words = sum(len(source.split()) for source, _ in pairs)
-        print(f"  {name}: {len(pairs)} pairs, {words} source words", flush=True)
+        found = sum(words(source) for source, _ in pairs)
+        print(f"  {name}: {len(pairs)} pairs, {found:.0f} source words", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ done; a training that was interrupted goes on from its last checkpoint.
 
 import argparse
 import collections
+import concurrent.futures
 import hashlib
 import json
+import logging
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -20,25 +21,39 @@ from typing import Any, Callable, Deque, Dict, List, NoReturn, Optional, Sequenc
 import sacrebleu
 import sentencepiece
 import torch
-from corpus import CorpusError, clean, fetch_help, read_help, read_pairs, split, write
+from corpus import (
+    LONGEST,
+    CorpusError,
+    clean,
+    fetch_help,
+    languages_of,
+    read_help,
+    read_pairs,
+    split,
+    write,
+)
 from rich.console import Console
 from rich.table import Table
-from sacrebleu.significance import PairedTest
+
+from fairseq_skd.commands import explain, output
+from fairseq_skd.commands.compare import paired, read_generated
+from fairseq_skd.commands.logs import parse_line, read_log
+from fairseq_skd.commands.teaching import settings_of
+from fairseq_skd.commands.trained import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 1
 LOG_INTERVAL = 50
+# Of the help pages: a small model learns sentences of this length in minutes.
+SHORT = 12
+PIECES = 4000
 ARMS = {
     "label smoothing": ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
-    "self-KD": [
-        *("--criterion", "self_kd", "--label-smoothing", "0.1"),
-        *("--self-kd-start-update", "300"),
-        *("--self-kd-ramp-updates", "300", "--self-kd-refresh-interval", "100"),
-    ],
+    "self-KD": ["--criterion", "self_kd", "--label-smoothing", "0.1"],
 }
 MODEL = [
     *("--arch", "transformer", "--share-all-embeddings"),
-    *("--encoder-layers", "3", "--decoder-layers", "3"),
+    *("--encoder-layers", "2", "--decoder-layers", "2"),
     *("--encoder-embed-dim", "128", "--decoder-embed-dim", "128"),
     *("--encoder-ffn-embed-dim", "256", "--decoder-ffn-embed-dim", "256"),
     *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--dropout", "0.1"),
@@ -48,7 +63,8 @@ MODEL = [
 BATCHES = ["--required-batch-size-multiple", "1"]
 OPTIMISATION = [
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0"),
-    *("--lr", "0.004", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "300"),
+    # Falls to 0 with the last update, so that the training has come to its end.
+    *("--lr", "0.005", "--lr-scheduler", "cosine", "--warmup-updates", "200"),
 ]
 
 
@@ -59,29 +75,30 @@ def main() -> None:
         "--pairs", type=Path, metavar="FILE.tsv", help="your own corpus: source, tab, target"
     )
     parser.add_argument("--langs", default="en-de", help="two languages (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=1500, help="default: %(default)s")
+    parser.add_argument("--updates", type=int, default=900, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=3000, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: runs/quickstart-<corpus>")
     args = parser.parse_args()
-    languages = tuple(args.langs.split("-"))
-    if len(languages) != 2 or not all(languages) or languages[0] == languages[1]:
-        parser.error(f"--langs is {args.langs!r}; allowed: two languages, such as en-de")
     if args.updates < 1:
         parser.error(f"--updates is {args.updates}; allowed: 1 or more")
     began = time.time()
+    logging.disable(logging.INFO)
     try:
+        languages = languages_of(args.langs)
         folder = (args.out or ROOT / "runs" / _name(args.pairs, args.langs)).resolve()
         print(f"Everything is kept in {_short(folder)}", flush=True)
         prepare_text(args.pairs, languages, folder)
     except CorpusError as error:
         _stop(str(error))
-    binarise(folder, languages)
-    arms = {name: Arm(name, folder, args.updates, args.max_tokens) for name in ARMS}
-    for arm in arms.values():
-        arm.train()
-    for arm in arms.values():
+    # In names of files a hyphen stands between the two languages.
+    source, target = (language.replace("-", "_") for language in languages)
+    binarise(folder, (source, target))
+    arms = [Arm(name, folder, args.updates, args.max_tokens) for name in ARMS]
+    train(arms)
+    for arm in arms:
         arm.translate()
-    report(list(arms.values()), folder, languages)
+    report(arms, folder, (source, target))
+    draw(arms, folder)
     print(f"Done in {(time.time() - began) / 60:.1f} minutes.")
 
 
@@ -96,25 +113,30 @@ def prepare_text(pairs: Optional[Path], languages: Tuple[str, str], folder: Path
     else:
         if pairs is not None:
             _step(f"Corpus: {pairs}")
-            found = read_pairs(pairs)
+            found, longest = read_pairs(pairs), LONGEST
         else:
             _step("Corpus: the help pages of LibreOffice (MPL-2.0), from Debian's packages")
             download = ROOT / "runs" / "download"
             fetch_help(languages, download)
-            found = read_help(languages, download)
-        kept = clean(found)
+            found, longest = read_help(languages, download), SHORT
+        kept = clean(found, longest)
         print(f"  {len(found)} pairs, {len(kept)} after cleaning", flush=True)
-        write(split(kept, min(1000, max(1, len(kept) // 20))), languages, text)
+        parts = split(kept, min(1000, max(1, len(kept) // 20)))
+        write(parts, tuple(language.replace("-", "_") for language in languages), text)
         (text / "done").write_text(corpus, encoding="utf-8")
     if not (pieces / "done").exists():
         _step("Vocabulary: one sentencepiece model for both languages")
         pieces.mkdir(exist_ok=True)
-        train = [text / f"train.{language}" for language in languages]
+        files = sorted(text.glob("train.*"))
+        characters = set().union(*(set(file.read_text(encoding="utf-8")) for file in files))
+        # Every character is a piece: of Chinese there may be more than all of them.
+        size = max(PIECES, len(characters) + PIECES // 2)
+        print(f"  {len(characters)} characters, at most {size} pieces", flush=True)
         sentencepiece.SentencePieceTrainer.train(
-            input=",".join(map(str, train)),
+            input=",".join(map(str, files)),
             model_prefix=str(pieces / "joint"),
             model_type="bpe",
-            vocab_size=4000,
+            vocab_size=size,
             hard_vocab_limit=False,
             character_coverage=1.0,
             minloglevel=2,
@@ -160,6 +182,7 @@ class Arm:
         self.folder = folder / f"{name.replace(' ', '-')}-{key}"
         self.checkpoint = self.folder / "checkpoint_best.pt"
         self.train_log = self.folder / "train.log"
+        self.process: Optional[subprocess.Popen[str]] = None
         self.command = [
             *("fairseq-train", self.data, "--user-dir", ROOT / "fairseq_skd"),
             *(ARMS[name] + MODEL + OPTIMISATION + BATCHES),
@@ -169,27 +192,37 @@ class Arm:
             *("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", LOG_INTERVAL),
         ]
 
+    @property
+    def done(self) -> bool:
+        """Whether it is trained to the end."""
+        return (self.folder / "done").exists()
+
     def train(self) -> None:
         """Train to the end, from the last checkpoint if there is one."""
-        if (self.folder / "done").exists():
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _step(f"Training with {self.name}: {self.updates} updates on {_device()}")
-        _run(self.command, self.train_log, self._progress)
+        _run(self.command, self.train_log, self._progress, self._started)
         (self.folder / "done").touch()
 
+    def stop(self) -> None:
+        """End the training; the same command goes on with it."""
+        if self.process is not None:
+            self.process.terminate()
+
+    def _started(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+
     def _progress(self, line: str) -> None:
-        kind, values = _record(line)
+        kind, values = parse_line(line)
         if kind == "train_inner":
-            done, seconds = int(values["num_updates"]), _seconds(values)
+            done, seconds = int(values["num_updates"]), values["train_wall"] / LOG_INTERVAL
             left = (self.updates - done) * seconds / 60
             print(
-                f"  update {done:>5} of {self.updates}   loss {values['loss']:>6}"
+                f"  {self.name:<16}update {done:>5} of {self.updates}   loss {values['loss']:>6}"
                 f"   {seconds:.2f} s an update   about {left:.1f} minutes left",
                 flush=True,
             )
         elif kind == "valid":
-            print(f"  validation perplexity {values['valid_ppl']}", flush=True)
+            print(f"  {self.name:<16}validation perplexity {values['ppl']}", flush=True)
 
     def translate(self) -> None:
         """Translate the test set with the best checkpoint."""
@@ -212,22 +245,41 @@ class Arm:
 
     def hypotheses(self) -> List[str]:
         """Return the translations in the order of the test set."""
-        found: Dict[int, str] = {}
-        for line in (self.folder / "test.out").read_text(encoding="utf-8").splitlines():
-            if line.startswith("H-"):
-                number, _, text = line.split("\t")
-                found[int(number[2:])] = text
-        return [found[i] for i in sorted(found)]
+        found = read_generated((self.folder / "test.out").read_text(encoding="utf-8").split("\n"))
+        return [] if found is None else found[0]
 
-    def figures(self) -> Dict[str, float]:
-        """Return the best validation perplexity and the mean seconds of an update."""
-        records = [_record(line) for line in self.train_log.read_text().splitlines()]
+    def figures(self) -> Dict[str, Optional[float]]:
+        """Return the best validation perplexity and the median seconds of an update."""
+        log = read_log(self.train_log)
         return {
-            "valid_ppl": min(float(r["valid_ppl"]) for kind, r in records if kind == "valid"),
-            "seconds": statistics.fmean(
-                _seconds(r) for kind, r in records if kind == "train_inner"
-            ),
+            "valid_ppl": min(fields["ppl"] for fields in log.valid),
+            "seconds": log.seconds_an_update(),
         }
+
+
+def train(arms: Sequence[Arm]) -> None:
+    """Train those that are not done side by side, each with its share of the cores.
+
+    Two small trainings with a core each take less time than one after the other with two.
+    """
+    missing = [arm for arm in arms if not arm.done]
+    if not missing:
+        return
+    names = " and ".join(arm.name for arm in missing)
+    _step(f"Training with {names}: {missing[0].updates} updates, side by side on {_device()}")
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(missing))))
+    with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
+        futures = [pool.submit(arm.train) for arm in missing]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException as error:
+            for arm in missing:
+                arm.stop()
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit("\nInterrupted. The same command goes on from here.")
+            raise
 
 
 def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
@@ -240,17 +292,11 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
     for name, hypotheses in systems:
         if len(hypotheses) != len(reference):
             _stop(f"{name}: {len(hypotheses)} translations of {len(reference)} test sentences")
-    test = PairedTest(
-        systems,
-        {"BLEU": sacrebleu.BLEU(), "chrF2": sacrebleu.CHRF()},
-        [reference],
-        test_type="bs",
-        n_samples=1000,
-    )
-    signatures, scores = test()
+    metrics = {"BLEU": sacrebleu.BLEU(), "chrF2": sacrebleu.CHRF()}
+    signatures, scores = paired(systems, metrics, reference)
     results: Dict[str, Any] = {
         arm.name: {
-            **{metric: scores[metric][i].score for metric in signatures},
+            **{metric: scores[metric][i][0] for metric in metrics},
             **arm.figures(),
             "command": shlex.join(map(str, arm.command)),
         }
@@ -268,10 +314,14 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
     console.print()
     console.print(table)
     for metric, signature in signatures.items():
-        p_value = scores[metric][1].p_value
-        console.print(f"{metric}: p = {p_value:.3f} for no difference. {signature}", soft_wrap=True)
-        results.setdefault("signature", {})[metric] = str(signature)
-        results.setdefault("p_value", {})[metric] = p_value
+        _, bootstrap, randomisation = scores[metric][1]
+        console.print(
+            f"{metric}: p for no difference is {bootstrap:.3f} by the paired bootstrap, "
+            f"{randomisation:.3f} by randomisation. {signature}",
+            soft_wrap=True,
+        )
+        results.setdefault("signature", {})[metric] = signature
+        results.setdefault("p_value", {})[metric] = {"bs": bootstrap, "ar": randomisation}
     console.print(
         "One seed: below 0.05 the difference on this test set is hardly chance; another seed may "
         "still show another one.\n"
@@ -284,21 +334,41 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
-def _record(line: str) -> Tuple[str, Dict[str, Any]]:
-    """Return the kind and the values of a line of fairseq's JSON log; "" for any other line."""
-    parts = line.split(" | ", 3)
-    if len(parts) < 4 or parts[2].strip() not in ("train_inner", "valid"):
-        return "", {}
-    return parts[2].strip(), json.loads(parts[3])
+def draw(arms: List[Arm], folder: Path) -> None:
+    """Draw validation curves of both, and what the second has taught itself at five words."""
+    pyplot = output.pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 3.6), width_ratios=[1, 2])
+    shown: List[float] = []
+    for arm, style in zip(arms, ("--", "-")):
+        log = read_log(arm.train_log)
+        points = [(fields["num_updates"], fields["ppl"]) for fields in log.valid]
+        left.plot(*zip(*points), style, color="black", label=arm.name)
+        shown += [perplexity for _, perplexity in points[len(points) // 2 :]]
+    left.set_ylim(min(shown) * 0.95, max(shown) * 1.05)
+    left.set_xlabel("updates")
+    left.set_ylabel("validation perplexity")
+    left.legend(fontsize=8)
+    trained = load(arms[-1].checkpoint, arms[-1].data)
+    settings = settings_of(trained)
+    dataset = trained.dataset("valid")
+    longest = max(range(min(50, len(dataset))), key=dataset.num_tokens)
+    rows, _ = explain.positions(trained, settings, "valid", longest)
+    chosen = sorted(sorted(rows, key=lambda row: row["trained_on"])[:5], key=_position)
+    explain.heat_map(right, chosen, min(6, max(len(row["mixed"]) for row in chosen)))
+    right.set_ylabel("position")
+    right.set_title("what it is taught at five words of a sentence", fontsize=9, loc="left")
+    output.save_plot(figure, folder / "quickstart.png")
 
 
-def _seconds(record: Dict[str, Any]) -> float:
-    """Return the seconds of one update, without validation and saving, from a log record."""
-    return float(record["train_wall"]) / LOG_INTERVAL
+def _position(row: Dict[str, Any]) -> int:
+    return int(row["position"])
 
 
 def _run(
-    command: Sequence[Any], log: Path, on_line: Callable[[str], None] = lambda line: None
+    command: Sequence[Any],
+    log: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    started: Callable[["subprocess.Popen[str]"], None] = lambda process: None,
 ) -> None:
     """Run a command, keep its output in a log and hand on every line; stop on failure."""
     arguments = [str(argument) for argument in command]
@@ -309,6 +379,7 @@ def _run(
         process = subprocess.Popen(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
+        started(process)
         assert process.stdout is not None
         tail: Deque[str] = collections.deque(maxlen=15)
         try:

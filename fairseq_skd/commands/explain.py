@@ -65,13 +65,7 @@ def explain(
         sigma_scale=sigma_scale,
         max_mass=max_mass,
     )
-    dataset = trained.dataset(text)
-    if not 0 <= sentence < len(dataset):
-        raise CommandError(f"--sentence is {sentence}; allowed: 0 to {len(dataset) - 1} in {text}")
-    batch = dataset.collater([dataset[sentence]])
-    lprobs, target = trained.predict(batch)
-    soft, about = _soft_target(trained, settings, lprobs, target)
-    rows = _rows(trained, settings, lprobs, target, soft, shown)
+    rows, about = positions(trained, settings, text, sentence, shown)
     title = (
         f"Sentence {sentence} of {text}; {about}\n"
         f"trained on: {1 - settings.weight:g} x label smoothing {trained.label_smoothing:g} + "
@@ -82,6 +76,27 @@ def explain(
     output.show({"positions": Titled(title, table)}, formats, as_json, as_csv)
     if plot is not None:
         draw(rows, title, plot)
+
+
+def positions(
+    trained: Trained, settings: SelfKDOptions, text: str, sentence: int, shown: int = 3
+) -> Tuple[Rows, str]:
+    """Return a row for each position of a sentence, and how its soft targets were made.
+
+    Beside what is printed a row has ``mixed``, the words of the final target with their weights.
+
+    Raises
+    ------
+    CommandError
+        If there is no such sentence.
+    """
+    dataset = trained.dataset(text)
+    if not 0 <= sentence < len(dataset):
+        raise CommandError(f"--sentence is {sentence}; allowed: 0 to {len(dataset) - 1} in {text}")
+    batch = dataset.collater([dataset[sentence]])
+    lprobs, target = trained.predict(batch)
+    soft, about = _soft_target(trained, settings, lprobs, target)
+    return _rows(trained, settings, lprobs, target, soft, shown), about
 
 
 def _soft_target(
@@ -143,11 +158,18 @@ def _list(show: Any, ids: List[int], values: List[float]) -> str:
 def draw(rows: Rows, title: str, path: Path) -> None:
     """Draw a line a position: the target at the left, then the words that share with it."""
     pyplot = output.pyplot()
+    width = min(7, max(len(row["mixed"]) for row in rows))
+    figure, axis = pyplot.subplots(figsize=(1.6 + 1.4 * width, 1.1 + 0.24 * len(rows)))
+    heat_map(axis, rows, width)
+    axis.set_ylabel("position")
+    output.save_plot(figure, path, title)
+
+
+def heat_map(axis: Any, rows: Rows, width: int) -> None:
+    """Draw the targets of some positions into axes of matplotlib's."""
     from matplotlib.colors import PowerNorm
 
-    width = min(7, max(len(row["mixed"]) for row in rows))
     grid = [[0.0] * width for _ in rows]
-    figure, axis = pyplot.subplots(figsize=(1.6 + 1.4 * width, 1.1 + 0.24 * len(rows)))
     for i, row in enumerate(rows):
         for column, (word, value) in enumerate(row["mixed"][:width]):
             grid[i][column] = value
@@ -166,8 +188,7 @@ def draw(rows: Rows, title: str, path: Path) -> None:
     axis.set_xticks(range(width), ["target", *(f"other {i}" for i in range(1, width))])
     axis.xaxis.tick_top()
     axis.set_yticks(range(len(rows)), [row["position"] for row in rows])
-    axis.set_ylabel("position")
     for spine in axis.spines.values():
         spine.set_visible(False)
-    figure.colorbar(image, ax=axis, label="weight in the target of the training", shrink=0.8)
-    output.save_plot(figure, path, title)
+    label = "weight in the target of the training"
+    axis.figure.colorbar(image, ax=axis, label=label, shrink=0.8)
