@@ -23,6 +23,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	git ls-files '*.sh' .ci/run | xargs $(VENV)/bin/shellcheck
 
 # Wants the machine for itself.
 benchmark: $(READY)

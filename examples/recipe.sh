@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What all recipes share. Their scripts read this file with `source`; it runs nothing by itself.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -249,6 +250,7 @@ subwords() {
         subword-nmt learn-bpe -s "$merges" > "$folder/codes" 2> "$OUT/bpe.log" ||
         stop "subword-nmt learn-bpe failed: $(tail -n 5 "$OUT/bpe.log")"
     for file in "$tokens"/*."$a" "$tokens"/*."$b"; do
+        # shellcheck disable=SC2094  # another folder
         subword-nmt apply-bpe -c "$folder/codes" < "$file" > "$folder/$(basename "$file")"
         same_lines "$file" "$folder/$(basename "$file")"
     done

@@ -39,7 +39,7 @@ text() {  # FOLDER: one sentence a line, as it was written
     for language in en de; do
         for part in train valid test2016 test2017 coco; do
             case $part in
-                valid) file=val ;;
+                valid) file="val" ;;
                 test*) file=test_${part#test}_flickr ;;
                 coco) file=test_2017_mscoco ;;
                 *) file=$part ;;
@@ -60,6 +60,7 @@ text() {  # FOLDER: one sentence a line, as it was written
 tokens() {  # FOLDER: tokenised and lower-cased, as in the work that this recipe compares with
     local file
     for file in "$OUT"/text/*; do
+        # shellcheck disable=SC2094  # another folder
         moses "${file##*.}" normalize -c tokenize < "$file" | lowercase > "$1/$(basename "$file")"
         same_lines "$file" "$1/$(basename "$file")"
     done
