@@ -58,9 +58,7 @@ def test_a_checkpoint_of_self_kd_loads_without_the_plugin(corpus, tmp_path):
         "print(config.criterion._name, sum(p.numel() for p in model.parameters()))\n"
     )
     program = [sys.executable, "-c", code, str(tmp_path / "checkpoint_last.pt")]
-    done = subprocess.run(
-        program, capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.startswith("self_kd "), done.stderr
 
 
