@@ -137,32 +137,33 @@ def test_float16_follows_float32(corpus, tmp_path):
     assert {float(record["loss_scale"]) for record in ours} == {128}
 
 
-def in_two_processes(data, folder, *options):
-    """Train with two workers over gloo; return what each printed."""
+def in_processes(count, data, folder, *options):
+    """Train with several workers over gloo; return what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # fairseq cannot wrap a model on a CPU in PyTorch's DDP (see test_criterion for that one).
-    shared = [*options, "--ddp-backend", "legacy_ddp", "--distributed-world-size", 2]
+    shared = [*options, "--ddp-backend", "legacy_ddp", "--distributed-world-size", count]
     shared += ["--distributed-no-spawn", "--distributed-backend", "gloo"]
     shared += ["--distributed-init-method", f"tcp://127.0.0.1:{port}"]
 
     def worker(rank):
         return train(data, folder, *shared, "--distributed-rank", rank)
 
-    with ThreadPoolExecutor(2) as workers:
-        return list(workers.map(worker, (0, 1)))
+    with ThreadPoolExecutor(count) as workers:
+        return list(workers.map(worker, range(count)))
 
 
-def test_two_workers_equal_one_that_accumulates(corpus, tmp_path):
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_equal_one_that_accumulates(corpus, tmp_path, workers):
     options = ["--dropout", 0, "--max-update", 9, "--disable-validation", "--max-tokens", 100]
     options += ["--self-kd-start-update", 2, "--self-kd-refresh-interval", 3]
-    train(corpus / "pair", tmp_path / "one", *options, "--update-freq", 2)
-    outputs = in_two_processes(corpus / "pair", tmp_path / "two", *options)
+    train(corpus / "pair", tmp_path / "one", *options, "--update-freq", workers)
+    outputs = in_processes(workers, corpus / "pair", tmp_path / "many", *options)
     assert float(logged(outputs[0])[-1]["self_kd_weight"]) > 0
     assert_equal_weights(
         tmp_path / "one" / "checkpoint_last.pt",
-        tmp_path / "two" / "checkpoint_last.pt",
+        tmp_path / "many" / "checkpoint_last.pt",
         tolerance=2e-5,
     )
 
@@ -182,7 +183,7 @@ def test_two_workers_share_the_past_also_if_one_has_no_batch_left(corpus, tmp_pa
     ]
     options += ["--self-kd-candidates", "past", "--self-kd-start-update", 0]
     options += ["--self-kd-ramp-updates", 0]
-    outputs = in_two_processes(corpus / "pair", tmp_path, *options)
+    outputs = in_processes(2, corpus / "pair", tmp_path, *options)
     masses = [float(record["self_kd_mass"]) for record in logged(outputs[0])]
     assert len(masses) == 9  # five batches an epoch
     assert masses[:3] == [0] * 3  # nothing was seen before

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from benchmarks import report
-from experiments.figures import collect, tables
+from experiments.figures import collect, summary, tables
 from fairseq_skd.criterion import SelfKDCriterionConfig
 from fairseq_skd.options import SelfKDOptions
 from fairseq_skd.soft_targets import SelfTeacher
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_the_example_without_fairseq_runs():
@@ -56,8 +57,8 @@ def test_the_criterion_has_the_same_options():
 
 def test_the_benchmark_tables_are_those_of_the_measurement():
     rows = report.read()
-    assert report.table(rows) in README
-    assert f"{rows[0]['device']}, {rows[0]['dtype']}" in README
+    assert report.table(rows) in PERFORMANCE
+    assert f"{rows[0]['device']}, {rows[0]['dtype']}" in PERFORMANCE
     for row in rows:
         if row["p20"]:  # times, not memory
             assert float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
@@ -90,6 +91,23 @@ def test_the_pages_of_results_have_the_tables_and_the_plots_of_their_csv(
         )
         assert drawn == shown
         assert any(f"]({plot})" in page for page in pages.values())
+
+
+def test_the_summary_of_results_is_that_of_their_csv(tmp_path):
+    found = {name: collect.read(summary.RESULTS / f"{name}.csv") for name in ("results", "low-resource")}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"\n{summary.summary(found)}<!-- end of summary -->" in page
+    summary.draw(found, tmp_path / "summary.svg")
+    drawn, shown = (
+        re.findall(">([^<]+)</text>", (folder / "summary.svg").read_text(encoding="utf-8"))
+        for folder in (tmp_path, summary.RESULTS)
+    )
+    assert drawn == shown
+
+
+def test_pages_are_for_people_in_a_hurry():
+    assert len(README.splitlines()) <= 180
+    assert len((ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_every_link_leads_to_something():
