@@ -1,7 +1,7 @@
 """Does a long training grow? ``python -m benchmarks.endurance DATA [--updates N]``.
 
-Trains a tiny Transformer with every kind of soft target on data of fairseq-preprocess, and prints the
-process's resident memory and the seconds an update in each tenth of the training. Tables are
+Trains a tiny Transformer with every kind of soft target on data of fairseq-preprocess, and prints
+resident memory and the seconds an update in each tenth of the training. Tables are
 measured, sentences recorded, checkpoints written and validations made all the time.
 """
 

@@ -31,7 +31,9 @@ _ELIGIBLE = 1_000
 _SELF_KD = ["--self-kd-start-update", "0", "--self-kd-ramp-updates", "0", "--self-kd-weight", "0.5"]
 CRITERIA = {
     BASELINE: ["label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
-    "self-KD": ["self_kd", "--label-smoothing", "0.1", *_SELF_KD],
+    "self-KD": [
+        *("self_kd", "--label-smoothing", "0.1", *_SELF_KD, "--self-kd-candidates", "neighbors")
+    ],
     PAST: [
         *("self_kd", "--label-smoothing", "0.1", *_SELF_KD, "--self-kd-candidates", "past"),
         *("--self-kd-top-k", "8"),

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import re
+from platform import node
 from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "allow_fairseqs_checkpoints",
     "do_without_the_fused_encoder_layer",
     "eligible_words",
+    "machine_name",
     "ordinary_words",
     "remember_words_from_files",
     "target_side_words",
@@ -277,6 +279,18 @@ def text_layout(task: Any) -> TextLayout:
         part = part[1] if isinstance(part, tuple) else part
         digest.update(part.numpy().tobytes())
     return TextLayout(np.asarray(lengths, dtype=np.int64), digest.hexdigest())
+
+
+def machine_name() -> str:
+    """Return this machine's name if the run is on several machines, "" if it is on one.
+
+    To be called by all processes of a distributed run at once.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    names: List[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, node())
+    return node() if len(set(names)) > 1 else ""
 
 
 def wait_for_other_workers() -> None:

@@ -23,7 +23,7 @@ from fairseq_skd import compatibility
 from fairseq_skd.linear_loss import self_kd_linear_cross_entropy
 from fairseq_skd.loss import TopWords, ends_in_product, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import SIMILARITIES
-from fairseq_skd.options import TEACHERS, SelfKDOptions, parse_sigma, parse_updates
+from fairseq_skd.options import TEACHERS, SelfKDOptions, parse_number
 from fairseq_skd.output_projection import (
     OutputProjection,
     UnsupportedModelError,
@@ -49,9 +49,12 @@ compatibility.do_without_the_fused_encoder_layer()
 class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     """The command-line options and Hydra fields; `SelfKDOptions` says what is allowed."""
 
-    self_kd_weight: float = field(
-        default=SelfKDOptions.weight,
-        metadata={"help": "final share of the distillation term in the loss (alpha), 0 to 1"},
+    self_kd_weight: str = field(
+        default="auto",
+        metadata={
+            "help": "final share of the distillation term in the loss (alpha), 0 to 1; auto is 1 "
+            "with the past, 0.5 with other candidates"
+        },
     )
     self_kd_start_update: str = field(
         default="auto",
@@ -70,9 +73,9 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     self_kd_candidates: ChoiceEnum(TEACHERS) = field(  # type: ignore[valid-type]
         default=SelfKDOptions.candidates,
         metadata={
-            "help": "words that share the target's probability: its nearest neighbors in the "
-            "output projection, the model's prediction, both, or the words to which the model "
-            "gave most when it last saw the sentence (past)"
+            "help": "words that share the target's probability: those to which the model gave most "
+            "when it last saw the sentence (past), the target's nearest neighbors in the output "
+            "projection, the model's prediction, or both of these"
         },
     )
     self_kd_top_k: int = field(
@@ -106,7 +109,7 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default="auto",
         metadata={
             "help": "where the model's past predictions are kept, 6 k bytes a target token; auto "
-            "for self_kd_past.bin in --save-dir"
+            "for self_kd_past.bin in --save-dir, on several machines one for each"
         },
     )
 
@@ -126,10 +129,14 @@ def options_of(cfg: Any) -> SelfKDOptions:
         values[f.name] = getattr(cfg, name, getattr(default, name))
     for choice in ("candidates", "similarity"):
         values[choice] = str(values[choice])  # fairseq's ChoiceEnum
-    values["sigma"] = parse_sigma(values["sigma"])
-    for name in ("start_update", "ramp_updates"):
+    for name, kind, allowed in (
+        ("weight", float, "a number from 0 to 1"),
+        ("sigma", float, "a positive number"),
+        ("start_update", int, "0 or more updates"),
+        ("ramp_updates", int, "0 or more updates"),
+    ):
         option = f"--self-kd-{name.replace('_', '-')}"
-        values[name] = parse_updates(option, values[name])
+        values[name] = parse_number(option, values[name], kind, allowed)
     values["past_file"] = None if values["past_file"] == "auto" else values["past_file"]
     return SelfKDOptions(**values)
 
@@ -421,7 +428,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         start = start if options.start_update is None else options.start_update
         ramp = ramp if options.ramp_updates is None else options.ramp_updates
         source = "no length of the training" if length is None else length.source
-        if options.weight:
+        if options.final_weight:
             logger.info(
                 f"self_kd: from {source}: start at update {start}, ramp of {ramp} updates "
                 f"(--self-kd-start-update {start} --self-kd-ramp-updates {ramp})"
@@ -430,8 +437,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _weight(self) -> float:
         options = self.options
-        schedule = options.weight, *(self._schedule or UNKNOWN)
-        if self._num_updates is None and weight_at(0, *schedule) != options.weight:
+        schedule = options.final_weight, *(self._schedule or UNKNOWN)
+        if self._num_updates is None and weight_at(0, *schedule) != options.final_weight:
             # Without a schedule the number does not matter; with one, guessing it would train
             # another objective than the one that was asked for.
             raise RuntimeError(
@@ -452,7 +459,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         of update numbers: all workers measure it at the same update, and the passes of one update
         share it, also those of several models with one projection.
         """
-        if self.options.weight == 0:
+        if self.options.final_weight == 0:
             return None
         taught = self._taught.get(id(projection.owner))
         if taught is None:
@@ -497,7 +504,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _recorded_words(self) -> int:
         """How many words of every position are kept for the next time."""
-        records = self.training and self.options.candidates == "past" and self.options.weight > 0
+        options = self.options
+        records = self.training and options.candidates == "past" and options.final_weight > 0
         return self.options.top_k if records else 0
 
     def _which_sentences(self, sample: Dict[str, Any]) -> Optional[np.ndarray]:
@@ -519,7 +527,12 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             return None
         target = sample["target"]
         done = self._updates_done()
-        return self._past_predictions().read(sentences, target.size(1), done, target.device)
+        soft = self._past_predictions().read(sentences, target.size(1), done, target.device)
+        return self._trust(soft, target[:, self.ignore_prefix_size :].reshape(-1))
+
+    def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
+        """Say how far the past is to be believed at every position."""
+        return soft.trusted(target)
 
     def _past_predictions(self) -> PastPredictions:
         """Open the file at the first batch: only then all processes are there, and the text."""
@@ -529,8 +542,11 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 raise RuntimeError(
                     "self_kd does not know the folder of the run; pass --self-kd-past-file"
                 )
+            machine = compatibility.machine_name()
+            # A network's file system would not keep the memory of two machines the same.
+            name = f"self_kd_past.{machine}.bin" if machine else "self_kd_past.bin"
             self._past = PastPredictions(
-                Path(path or Path(self._save_dir or "", "self_kd_past.bin")),
+                Path(path or Path(self._save_dir or "", name)),
                 compatibility.text_layout(self.task),
                 self.options.top_k,
                 self._updates_done(),

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Callable, Optional, TypeVar, Union
 
 from fairseq_skd.neighbors import SIMILARITIES
 from fairseq_skd.soft_targets import CANDIDATES
 from fairseq_skd.version import __version__
 
-__all__ = ["TEACHERS", "SelfKDOptions", "parse_sigma", "parse_updates"]
+__all__ = ["TEACHERS", "SelfKDOptions", "parse_number"]
+
+Number = TypeVar("Number", int, float)
 
 #: Where soft targets can come from: the candidates of a `SelfTeacher`, or `PastPredictions`.
 TEACHERS = (*CANDIDATES, "past")
@@ -24,13 +26,14 @@ class SelfKDOptions:
         On creation, for a value that is not allowed: it names the option, the value and what is.
     """
 
-    # Similarity, scale and weight are what validation text has chosen: docs/results.md
-    weight: float = 0.5
+    # None: `final_weight`
+    weight: Optional[float] = None
     # None: derived from the length of the training, `schedule.derived_schedule`
     start_update: Optional[int] = None
     ramp_updates: Optional[int] = None
-    candidates: str = "neighbors"
+    candidates: str = "past"
     top_k: int = 10
+    # Similarity and scale are what validation text has chosen: docs/results/tuning.md
     similarity: str = "cosine"
     sigma: Optional[float] = None
     sigma_scale: float = 0.5
@@ -40,7 +43,8 @@ class SelfKDOptions:
     past_file: Optional[str] = None
 
     def __post_init__(self) -> None:
-        self._check("weight", 0 <= self.weight <= 1, "a number from 0 to 1")
+        weight = self.final_weight
+        self._check("weight", 0 <= weight <= 1, "'auto', or a number from 0 to 1")
         self._check("max_mass", 0 <= self.max_mass <= 1, "a number from 0 to 1")
         for name in ("start_update", "ramp_updates"):
             value = getattr(self, name)
@@ -51,7 +55,14 @@ class SelfKDOptions:
         self._check("similarity", self.similarity in SIMILARITIES, ", ".join(SIMILARITIES))
         self._check("sigma_scale", 0 < self.sigma_scale < math.inf, "a positive number")
         if self.sigma is not None:
-            self._check("sigma", 0 < self.sigma < math.inf, "'auto' or a positive number")
+            self._check("sigma", 0 < self.sigma < math.inf, "'auto', or a positive number")
+
+    @property
+    def final_weight(self) -> float:
+        """The weight, or what its evidence is for: 1 with the past, 0.5 with any other teacher."""
+        if self.weight is not None:
+            return self.weight
+        return 1.0 if self.candidates == "past" else 0.5
 
     def _check(self, field: str, allowed: bool, what: str) -> None:
         if not allowed:  # also for NaN, which fails every comparison
@@ -63,7 +74,7 @@ class SelfKDOptions:
         start, ramp = (
             "auto" if value is None else value for value in (self.start_update, self.ramp_updates)
         )
-        schedule = f"weight:{self.weight}|start:{start}|ramp:{ramp}"
+        schedule = f"weight:{self.final_weight}|start:{start}|ramp:{ramp}"
         if self.candidates == "past":  # which knows no distances
             return f"self_kd|cand:past|k:{self.top_k}|{schedule}|version:{__version__}"
         sigma = f"auto*{self.sigma_scale}" if self.sigma is None else f"{self.sigma}"
@@ -74,8 +85,21 @@ class SelfKDOptions:
         )
 
 
-def parse_sigma(value: Union[str, float, None]) -> Optional[float]:
-    """Return a fixed sigma, or None for automatic (``"auto"`` or None).
+def parse_number(
+    option: str, value: Union[str, float, None], kind: Callable[[Any], Number], allowed: str
+) -> Optional[Number]:
+    """Return a number, or None for automatic (``"auto"`` or None).
+
+    Parameters
+    ----------
+    option : str
+        As a user writes it.
+    value : str, float or None
+        What was given.
+    kind : type
+        float or int.
+    allowed : str
+        Numbers that are allowed, for the message; `SelfKDOptions` looks at the number itself.
 
     Raises
     ------
@@ -85,24 +109,6 @@ def parse_sigma(value: Union[str, float, None]) -> Optional[float]:
     if value is None or value == "auto":
         return None
     try:
-        return float(value)
+        return kind(value)
     except ValueError:
-        raise ValueError(
-            f"--self-kd-sigma is {value!r}; allowed: 'auto' or a positive number"
-        ) from None
-
-
-def parse_updates(option: str, value: Union[str, int, None]) -> Optional[int]:
-    """Return a number of updates, or None for automatic (``"auto"`` or None).
-
-    Raises
-    ------
-    ValueError
-        If the text is neither a whole number nor ``auto``.
-    """
-    if value is None or value == "auto":
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"{option} is {value!r}; allowed: 'auto', or 0 or more updates") from None
+        raise ValueError(f"{option} is {value!r}; allowed: 'auto', or {allowed}") from None

@@ -20,6 +20,7 @@ TRAINING = [
 SELF_KD = [
     *("--criterion", "self_kd", "--label-smoothing", 0.1, "--self-kd-top-k", 5),
     *("--self-kd-weight", 0.5, "--self-kd-start-update", 4, "--self-kd-ramp-updates", 6),
+    *("--self-kd-candidates", "neighbors"),
 ]
 TRANSFORMER = ["--arch", "transformer", *TINY]
 

@@ -16,6 +16,7 @@ from tests.conftest import PLUGIN, ROOT, TINY, command
 CONTROLS = ROOT / "experiments" / "self_kd_controls"
 TRAINED = ["--arch", "transformer", *TINY, "--label-smoothing", 0.1, "--self-kd-top-k", 4]
 TRAINED += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0, "--self-kd-weight", 0.3]
+TRAINED += ["--self-kd-candidates", "neighbors"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,6 +19,7 @@ from tests.conftest import TINY, TINY_LM
 
 NOW = ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0]  # no schedule
 SELF_KD = ["--criterion", "self_kd", "--label-smoothing", 0.1, "--self-kd-top-k", 4]
+SELF_KD += ["--self-kd-candidates", "neighbors"]
 LSTM = ["--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--decoder-out-embed-dim", 16]
 LSTM += ["--encoder-hidden-size", 16, "--decoder-hidden-size", 16]
 CONV = ["--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--decoder-out-embed-dim", 16]
@@ -568,6 +569,6 @@ def test_the_signature_is_logged_at_the_start(build, caplog):
 
     assert (
         f"self_kd|cand:neighbors|k:4|sim:cosine|sigma:0.7|mass:{Default.max_mass}"
-        f"|weight:{Default.weight}|start:auto|ramp:auto"
+        f"|weight:0.5|start:auto|ramp:auto"
         f"|refresh:{Default.refresh_interval}|version:{__version__}"
     ) in caplog.messages

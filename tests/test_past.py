@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import platform
 
 import numpy as np
 import pytest
 import torch
 from fairseq.data import LanguagePairDataset
 
+from fairseq_skd import compatibility
 from fairseq_skd.compatibility import text_layout
 from fairseq_skd.loss import TopWords
 from fairseq_skd.past import PastError, PastPredictions, TextLayout
@@ -143,8 +145,11 @@ def by_definition(built, sample, before, weight, k=4, epsilon=0.1, prefix=0):
         off = epsilon / (len(row) - 1)
         smoothed = -(1 - epsilon) * row[t] - off * (row.sum() - row[t])
         distilled = -(q * row).sum()
-        loss = loss + (1 - weight) * smoothed + weight * distilled
-        kd, mass = kd + distilled.item(), mass + 1 - q[t].item()
+        # As far as the past gave probability to the true word, if that is one of the k.
+        trust = p[t].item() if t in best else 0.0
+        share = weight * trust
+        loss = loss + (1 - share) * smoothed + share * distilled
+        kd, mass = kd + trust * distilled.item(), mass + trust * (1 - q[t].item())
     built.model.zero_grad(set_to_none=True)
     loss.backward()
     gradients = {n: p.grad for n, p in built.model.named_parameters() if p.grad is not None}
@@ -298,3 +303,17 @@ def test_a_batch_that_runs_out_of_memory_takes_its_sentences_along(build, train_
     built.criterion(built.model, other)
     assert train_step(built, lost, 1).log["self_kd_mass"] == 0
     assert train_step(built, other, 1).log["self_kd_mass"] > 0
+
+
+def test_several_machines_have_a_file_each(monkeypatch):
+    assert compatibility.machine_name() == ""
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    for other, expected in (("elsewhere", platform.node()), (platform.node(), "")):
+
+        def gather(names, own, other=other):
+            names[:] = [own, other]
+
+        monkeypatch.setattr(distributed, "all_gather_object", gather)
+        assert compatibility.machine_name() == expected

@@ -94,7 +94,9 @@ def test_the_pages_of_results_have_the_tables_and_the_plots_of_their_csv(
 
 
 def test_the_summary_of_results_is_that_of_their_csv(tmp_path):
-    found = {name: collect.read(summary.RESULTS / f"{name}.csv") for name in ("results", "low-resource")}
+    found = {
+        name: collect.read(summary.RESULTS / f"{name}.csv") for name in ("results", "low-resource")
+    }
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"\n{summary.summary(found)}<!-- end of summary -->" in page
     summary.draw(found, tmp_path / "summary.svg")

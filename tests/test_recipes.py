@@ -177,7 +177,7 @@ def test_a_translation_recipe_from_raw_text_to_bleu(recipe, options, tests, prep
     trained, evaluated = run(recipe, out, "self_kd", *options)
     assert f"$ fairseq-train {out}-smoke/data" in trained
     assert f"evaluate.sh self_kd --smoke --out {out}" in trained
-    assert "self_kd|cand:neighbors|" in trained
+    assert "self_kd|cand:past|" in trained
     assert "self_kd_mass" in trained
     case = "mixed" if recipe == WMT else "lc"
     assert evaluated.count(f"BLEU|nrefs:1|case:{case}|eff:no|tok:13a|smooth:exp|version:") == tests

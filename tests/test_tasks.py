@@ -12,6 +12,7 @@ from fairseq_skd.compatibility import ordinary_words
 from tests.conftest import PLUGIN, TINY, preprocess, sentences
 
 SELF_KD = ["--criterion", "self_kd", "--self-kd-top-k", "4", "--label-smoothing", "0.1"]
+SELF_KD += ["--self-kd-candidates", "neighbors"]
 SHARED = ["--share-encoders", "--share-decoders"]
 
 

@@ -12,13 +12,15 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 - ``self_kd_rank``: the mass of a neighbour falls with its rank, whatever its distance.
 - ``self_kd_kept``: (1 - alpha m) LS + alpha (sum of q_j (-log p_j)): the target keeps all that is
   not given away, label smoothing included.
-- ``self_kd_past_kept``: of ``--self-kd-candidates past``, what is beyond the k words goes to the
-  label-smoothed target instead of all words alike.
+- ``self_kd_past_believed``: of ``--self-kd-candidates past``, the past counts everywhere alike, and
+  not as far as it gave probability to the true word.
+- ``self_kd_past_kept``: the same, and what is beyond the k words goes to the label-smoothed target
+  instead of all words alike.
 - ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
 - ``self_kd_doubt``: the mass that a target gives away is in proportion to the model's doubt in it.
 
 The last two read the logits, so that the loss is not computed in blocks with the projection. All
-but ``self_kd_uniform`` and ``self_kd_past_kept`` are for ``--self-kd-candidates neighbors``.
+but ``self_kd_uniform`` and those of the past are for ``--self-kd-candidates neighbors``.
 """
 
 from dataclasses import dataclass, field
@@ -199,9 +201,16 @@ class KeptCriterion(SelfKDCriterion):
 class PastKeptCriterion(SelfKDCriterion):
     """What the words of the past leave goes to the label-smoothed target."""
 
-    def _past_of(self, *arguments: Any) -> Optional[SoftTarget]:
-        soft = super()._past_of(*arguments)
-        return None if soft is None else kept(soft)
+    def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
+        return kept(soft)
+
+
+@register_criterion("self_kd_past_believed", dataclass=SelfKDCriterionConfig)
+class PastBelievedCriterion(SelfKDCriterion):
+    """The past counts everywhere alike, however wrong it was."""
+
+    def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
+        return soft
 
 
 @dataclass

@@ -66,11 +66,14 @@ def explain(
         max_mass=max_mass,
     )
     rows, about = positions(trained, settings, text, sentence, shown)
+    weight = settings.final_weight
     title = (
         f"Sentence {sentence} of {text}; {about}\n"
-        f"trained on: {1 - settings.weight:g} x label smoothing {trained.label_smoothing:g} + "
-        f"{settings.weight:g} x soft target"
+        f"trained on: {1 - weight:g} x label smoothing {trained.label_smoothing:g} + "
+        f"{weight:g} x soft target"
     )
+    if settings.candidates == "past":
+        title += ", of which each position takes as much as the past gave to the target"
     formats = {"probability": ".3f", "trained_on": ".3f", "on_all_words": ".3f"}
     table = [{name: value for name, value in row.items() if name != "mixed"} for row in rows]
     output.show({"positions": Titled(title, table)}, formats, as_json, as_csv)
@@ -105,7 +108,7 @@ def _soft_target(
     if settings.candidates == "past":
         values, ids = lprobs.topk(min(settings.top_k, lprobs.size(1)), 1)
         about = f"{trained.path.name}: its own {settings.top_k} most probable words (past)"
-        return SoftTarget(ids, values.exp()), about
+        return SoftTarget(ids, values.exp()).trusted(target), about
     teacher, about = teacher_for(trained, settings, target)
     return soft_target_of(teacher, lprobs, target, trained.projection.weight), about
 
@@ -120,7 +123,7 @@ def _rows(
 ) -> Rows:
     num_words = lprobs.size(1)
     show = readable(trained.task.target_dictionary)
-    mixed = training_target(target, soft, trained.label_smoothing, settings.weight, num_words)
+    mixed = training_target(target, soft, trained.label_smoothing, settings.final_weight, num_words)
     best = lprobs.exp().topk(min(shown, num_words), 1)
     rows: Rows = []
     for i, t in enumerate(target.tolist()):

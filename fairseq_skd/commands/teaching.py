@@ -12,7 +12,7 @@ from typing_extensions import Annotated
 from fairseq_skd.commands.output import CommandError
 from fairseq_skd.commands.trained import Trained
 from fairseq_skd.neighbors import nearest_neighbors
-from fairseq_skd.options import SelfKDOptions, parse_sigma
+from fairseq_skd.options import SelfKDOptions, parse_number
 from fairseq_skd.soft_targets import SelfTeacher, automatic_sigma
 
 __all__ = ["Checkpoint", "Settings", "settings_of", "teacher_for"]
@@ -52,7 +52,8 @@ def settings_of(trained: Trained, **given: Any) -> SelfKDOptions:
     changes = {name: value for name, value in given.items() if value is not None}
     try:
         if "sigma" in changes:
-            changes["sigma"] = parse_sigma(changes["sigma"])
+            allowed = "a positive number"
+            changes["sigma"] = parse_number("--sigma", changes["sigma"], float, allowed)
         return dataclasses.replace(trained.options or SelfKDOptions(), **changes)
     except ValueError as error:
         raise CommandError(str(error).replace("--self-kd-", "--")) from error

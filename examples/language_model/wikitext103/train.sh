@@ -20,7 +20,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
 devices 16
-criterion_options 0.0 1 --self-kd-start-update 4000 --self-kd-ramp-updates 4000
+criterion_options 0.0 1 --self-kd-candidates neighbors \
+    --self-kd-start-update 4000 --self-kd-ramp-updates 4000
 MODEL=(--arch transformer_lm --share-decoder-input-output-embed --dropout 0.1)
 OPTIMISATION=(
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay 0.01 --clip-norm 0.0

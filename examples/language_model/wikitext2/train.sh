@@ -20,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 train_options "$@"
 devices 1
 # Begun at the end of the warm-up self-KD has a lower perplexity than begun later: docs/results.md
-criterion_options 0.0 1 \
+criterion_options 0.0 1 --self-kd-candidates neighbors \
     --self-kd-start-update 500 --self-kd-ramp-updates 500 --self-kd-refresh-interval 500
 # Without the second and third width the table of words stays 512 wide.
 MODEL=(

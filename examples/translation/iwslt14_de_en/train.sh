@@ -21,7 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
 devices 1
-criterion_options 0.1 5 --self-kd-start-update 4000 --self-kd-ramp-updates 4000
+criterion_options 0.1 5
 MODEL=(--arch transformer_iwslt_de_en --dropout 0.3)
 if [ -n "$JOINED" ]; then
     MODEL+=(--share-all-embeddings)

@@ -21,7 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 train_options "$@"
 devices "$([ -n "$BIG" ] && echo 128 || echo 8)"
-criterion_options 0.1 5 --self-kd-start-update 8000 --self-kd-ramp-updates 8000
+criterion_options 0.1 5
 if [ -n "$BIG" ]; then
     MODEL=(--arch transformer_vaswani_wmt_en_de_big --dropout 0.3)
     OPTIMISATION=(--lr 0.001 --max-tokens 3584 --max-update 40000)
