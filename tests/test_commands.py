@@ -110,7 +110,7 @@ def test_neighbors_of_some_words_of_a_large_table():
     )()
     fake.projection = type("Projection", (), {"weight": weight})()
     words = torch.tensor([7, 5_000, 11])
-    teacher, title = teaching.teacher_for(fake, SelfKDOptions(), words)
+    teacher, title = teaching.teacher_for(fake, SelfKDOptions(candidates="neighbors"), words)
     whole = nearest_neighbors(weight, 10, eligible, "cosine")
     assert teacher.sigma == pytest.approx(automatic_sigma(whole, eligible, 0.5).item(), rel=0.02)
     assert "of 2000 words" in title
@@ -382,7 +382,7 @@ def test_what_is_refused(plain, corpus, tmp_path):
         (["neighbors", checkpoint, *words, "--json", "--csv"], "--json and --csv were given"),
         (["explain", checkpoint, data, "--sentence", 20], "--sentence is 20; allowed: 0 to 19 in"),
         (["explain", checkpoint, data, "--text", "other"], "has no text 'other'"),
-        (["explain", checkpoint, data, "--weight", 2], "--weight is 2.0; allowed: a number from"),
+        (["explain", checkpoint, data, "--weight", 2], "--weight is 2.0; allowed: 'auto', or a"),
         (["curves", tmp_path / "none.log"], "none.log holds no line of a training"),
         (["curves", tmp_path / "gone.log"], "gone.log: there is no such file"),
         (["curves", plain, "--by", "hour"], "--by is hour; allowed: updates, time"),

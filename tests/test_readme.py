@@ -20,7 +20,8 @@ PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_the_example_without_fairseq_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    page = (ROOT / "docs" / "sparse-targets.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     torch.manual_seed(0)
     scope = {}
     exec(code, scope)

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "sparse-targets.md").read_text(encoding="utf-8")
-PLAIN, TRANSFORMERS = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", PAGE, re.DOTALL)
+PLAIN, TRANSFORMERS = re.findall(r"```python\n([^`]*)```\n\n```\n(.*?)```", PAGE, re.DOTALL)
 
 
 def numbers(text):

@@ -42,7 +42,6 @@ from fairseq_skd.commands.teaching import settings_of
 from fairseq_skd.commands.trained import load
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = 1
 LOG_INTERVAL = 50
 # Of the help pages: a small model learns sentences of this length in minutes.
 SHORT = 12
@@ -77,6 +76,7 @@ def main() -> None:
     parser.add_argument("--langs", default="en-de", help="two languages (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=900, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=int, default=3000, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="default: runs/quickstart-<corpus>")
     args = parser.parse_args()
     if args.updates < 1:
@@ -93,7 +93,7 @@ def main() -> None:
     # In names of files a hyphen stands between the two languages.
     source, target = (language.replace("-", "_") for language in languages)
     binarise(folder, (source, target))
-    arms = [Arm(name, folder, args.updates, args.max_tokens) for name in ARMS]
+    arms = [Arm(name, folder, args.updates, args.max_tokens, args.seed) for name in ARMS]
     train(arms)
     for arm in arms:
         arm.translate()
@@ -172,11 +172,12 @@ def binarise(folder: Path, languages: Tuple[str, str]) -> None:
 class Arm:
     """One criterion: a training, a translation of the test set, and their figures."""
 
-    def __init__(self, name: str, folder: Path, updates: int, max_tokens: int) -> None:
+    def __init__(self, name: str, folder: Path, updates: int, max_tokens: int, seed: int) -> None:
         self.name = name
+        self.seed = seed
         self.data = folder / "data"
         self.updates = updates
-        settings = json.dumps([ARMS[name], MODEL, OPTIMISATION, updates, max_tokens, SEED])
+        settings = json.dumps([ARMS[name], MODEL, OPTIMISATION, updates, max_tokens, seed])
         key = hashlib.sha256(settings.encode()).hexdigest()[:8]
         # Other settings are another run: they must not go on from this one's checkpoint.
         self.folder = folder / f"{name.replace(' ', '-')}-{key}"
@@ -186,7 +187,7 @@ class Arm:
         self.command = [
             *("fairseq-train", self.data, "--user-dir", ROOT / "fairseq_skd"),
             *(ARMS[name] + MODEL + OPTIMISATION + BATCHES),
-            *("--max-tokens", max_tokens, "--max-update", updates, "--seed", SEED),
+            *("--max-tokens", max_tokens, "--max-update", updates, "--seed", seed),
             *("--save-dir", self.folder, "--save-interval-updates", 100),
             *("--keep-interval-updates", 1, "--validate-interval-updates", 250),
             *("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", LOG_INTERVAL),
@@ -302,7 +303,9 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
         }
         for i, arm in enumerate(arms)
     }
-    table = Table(title=f"{'-'.join(languages)}, {len(reference)} test sentences, seed {SEED}")
+    table = Table(
+        title=f"{'-'.join(languages)}, {len(reference)} test sentences, seed {arms[0].seed}"
+    )
     for heading in ("criterion", "BLEU", "chrF2", "validation perplexity", "seconds an update"):
         table.add_column(heading, justify="left" if heading == "criterion" else "right")
     for name, row in results.items():
