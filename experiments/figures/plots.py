@@ -17,8 +17,8 @@ MEASURES = [
 def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
     """Draw one row an arm and one panel a measure (SVG).
 
-    A dot is the mean over seeds, its line one standard deviation to either side; the vertical line
-    is the mean of the first arm, the baseline.
+    A grey dot is a seed, a black line their mean; the long vertical line is the mean of the first
+    arm, the baseline.
 
     Parameters
     ----------
@@ -40,12 +40,14 @@ def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
         for place, name in enumerate(names):
             found = values[name].get(measure)
             if found:
-                deviation = statistics.stdev(found) if len(found) > 1 else 0
-                axis.errorbar(statistics.fmean(found), place, xerr=deviation, fmt="o", color="C0")
+                axis.scatter(found, [place] * len(found), s=12, color="0.6", zorder=2)
+                mean = statistics.fmean(found)
+                axis.scatter([mean], [place], s=60, marker="|", color="black", zorder=3)
         if measure in values[names[0]]:
             mean = statistics.fmean(values[names[0]][measure])
             axis.axvline(mean, color="black", linewidth=0.8)
         axis.set_xlabel(measure)
+    axes[0][0].set_title(f"long line: {names[0]}", fontsize=8, loc="left")
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()
     save(figure, path)
@@ -67,11 +69,11 @@ def curves(values: Dict[str, List[Curve]], path: Path) -> None:
     """
     pyplot = svg_pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
-    lines = ["-", "--", ":"]
+    lines = ["-", "--", ":", "-."]  # beside colours, for print in grey
     shown = []
     for number, (name, runs) in enumerate(values.items()):
         for run, curve in enumerate(runs):
-            style = {"color": f"C{number % 10}", "linestyle": lines[number // 10 % len(lines)]}
+            style = {"color": f"C{number % 10}", "linestyle": lines[number % len(lines)]}
             axis.plot(*zip(*curve), **style, linewidth=1, label=name if run == 0 else None)
             shown += [perplexity for _, perplexity in curve[max(1, len(curve) // 3) :]]
     if shown:
