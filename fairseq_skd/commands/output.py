@@ -1,5 +1,6 @@
 """What a subcommand prints: tables for people, JSON and CSV for machines, errors in a sentence."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -8,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import (
     Any,
+    ContextManager,
     Dict,
     Iterable,
     Iterator,
@@ -38,6 +40,7 @@ __all__ = [
     "pyplot",
     "save_plot",
     "show",
+    "waiting",
 ]
 
 T = TypeVar("T")
@@ -145,6 +148,12 @@ def progress(items: Iterable[T], what: str, total: Optional[int] = None) -> Iter
     yield from track(
         items, what, total, console=console, transient=True, disable=not console.is_terminal
     )
+
+
+def waiting(what: str) -> ContextManager[object]:
+    """Tell a terminal what is being waited for."""
+    console = Console(stderr=True)
+    return console.status(what) if console.is_terminal else contextlib.nullcontext()
 
 
 def check_plot(path: Optional[Path]) -> None:

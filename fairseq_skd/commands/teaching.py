@@ -9,9 +9,9 @@ import typer
 from torch import Tensor
 from typing_extensions import Annotated
 
-from fairseq_skd.commands.output import CommandError
+from fairseq_skd.commands.output import CommandError, progress
 from fairseq_skd.commands.trained import Trained
-from fairseq_skd.neighbors import nearest_neighbors
+from fairseq_skd.neighbors import Neighbors, nearest_neighbors
 from fairseq_skd.options import SelfKDOptions, parse_number
 from fairseq_skd.soft_targets import SelfTeacher, automatic_sigma
 
@@ -87,7 +87,11 @@ def teacher_for(
             chosen = torch.randperm(len(eligible), generator=generator)[:_SAMPLE]
             sample = eligible[chosen.to(weight.device)]
             how = f" of {_SAMPLE} words"
-        measured = nearest_neighbors(weight, *like, words=sample)
+        parts = [
+            nearest_neighbors(weight, *like, words=part)
+            for part in progress(sample.split(100), "measuring sigma")
+        ]
+        measured = Neighbors(*(torch.cat(tensors) for tensors in zip(*parts)))
         sigma = automatic_sigma(measured, scale=settings.sigma_scale).item()
         how = f" ({settings.sigma_scale:g} x the mean distance{how} to their nearest)"
     teacher = SelfTeacher(

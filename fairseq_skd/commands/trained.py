@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairseq_skd import compatibility
 from fairseq_skd.checkpoints import CheckpointError, read_checkpoint
-from fairseq_skd.commands.output import CommandError, progress
+from fairseq_skd.commands.output import CommandError, progress, waiting
 from fairseq_skd.criterion import options_of
 from fairseq_skd.options import SelfKDOptions
 from fairseq_skd.output_projection import (
@@ -165,9 +165,10 @@ def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path]
     del state
     utils.import_user_module(Namespace(user_dir=user_dir and str(user_dir)))
     try:
-        models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(checkpoint)], arg_overrides={"data": str(folder)}
-        )
+        with waiting(f"loading {checkpoint}"):
+            models, config, task = checkpoint_utils.load_model_ensemble_and_task(
+                [str(checkpoint)], arg_overrides={"data": str(folder)}
+            )
     except RuntimeError as error:
         if "size mismatch" in str(error):
             raise CommandError(
