@@ -49,12 +49,9 @@ compatibility.do_without_the_fused_encoder_layer()
 class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     """The command-line options and Hydra fields; `SelfKDOptions` says what is allowed."""
 
-    self_kd_weight: str = field(
-        default="auto",
-        metadata={
-            "help": "final share of the distillation term in the loss (alpha), 0 to 1; auto is 1 "
-            "with the past, 0.5 with other candidates"
-        },
+    self_kd_weight: float = field(
+        default=SelfKDOptions.weight,
+        metadata={"help": "final share of the distillation term in the loss (alpha), 0 to 1"},
     )
     self_kd_start_update: str = field(
         default="auto",
@@ -130,7 +127,6 @@ def options_of(cfg: Any) -> SelfKDOptions:
     for choice in ("candidates", "similarity"):
         values[choice] = str(values[choice])  # fairseq's ChoiceEnum
     for name, kind, allowed in (
-        ("weight", float, "a number from 0 to 1"),
         ("sigma", float, "a positive number"),
         ("start_update", int, "0 or more updates"),
         ("ramp_updates", int, "0 or more updates"),
@@ -428,7 +424,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         start = start if options.start_update is None else options.start_update
         ramp = ramp if options.ramp_updates is None else options.ramp_updates
         source = "no length of the training" if length is None else length.source
-        if options.final_weight:
+        if options.weight:
             logger.info(
                 f"self_kd: from {source}: start at update {start}, ramp of {ramp} updates "
                 f"(--self-kd-start-update {start} --self-kd-ramp-updates {ramp})"
@@ -437,8 +433,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _weight(self) -> float:
         options = self.options
-        schedule = options.final_weight, *(self._schedule or UNKNOWN)
-        if self._num_updates is None and weight_at(0, *schedule) != options.final_weight:
+        schedule = options.weight, *(self._schedule or UNKNOWN)
+        if self._num_updates is None and weight_at(0, *schedule) != options.weight:
             # Without a schedule the number does not matter; with one, guessing it would train
             # another objective than the one that was asked for.
             raise RuntimeError(
@@ -459,7 +455,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         of update numbers: all workers measure it at the same update, and the passes of one update
         share it, also those of several models with one projection.
         """
-        if self.options.final_weight == 0:
+        if self.options.weight == 0:
             return None
         taught = self._taught.get(id(projection.owner))
         if taught is None:
@@ -504,8 +500,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _recorded_words(self) -> int:
         """How many words of every position are kept for the next time."""
-        options = self.options
-        records = self.training and options.candidates == "past" and options.final_weight > 0
+        records = self.training and self.options.candidates == "past" and self.options.weight > 0
         return self.options.top_k if records else 0
 
     def _which_sentences(self, sample: Dict[str, Any]) -> Optional[np.ndarray]:

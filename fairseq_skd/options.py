@@ -26,8 +26,7 @@ class SelfKDOptions:
         On creation, for a value that is not allowed: it names the option, the value and what is.
     """
 
-    # None: `final_weight`
-    weight: Optional[float] = None
+    weight: float = 0.5
     # None: derived from the length of the training, `schedule.derived_schedule`
     start_update: Optional[int] = None
     ramp_updates: Optional[int] = None
@@ -43,8 +42,7 @@ class SelfKDOptions:
     past_file: Optional[str] = None
 
     def __post_init__(self) -> None:
-        weight = self.final_weight
-        self._check("weight", 0 <= weight <= 1, "'auto', or a number from 0 to 1")
+        self._check("weight", 0 <= self.weight <= 1, "a number from 0 to 1")
         self._check("max_mass", 0 <= self.max_mass <= 1, "a number from 0 to 1")
         for name in ("start_update", "ramp_updates"):
             value = getattr(self, name)
@@ -57,13 +55,6 @@ class SelfKDOptions:
         if self.sigma is not None:
             self._check("sigma", 0 < self.sigma < math.inf, "'auto', or a positive number")
 
-    @property
-    def final_weight(self) -> float:
-        """The weight, or what its evidence is for: 1 with the past, 0.5 with any other teacher."""
-        if self.weight is not None:
-            return self.weight
-        return 1.0 if self.candidates == "past" else 0.5
-
     def _check(self, field: str, allowed: bool, what: str) -> None:
         if not allowed:  # also for NaN, which fails every comparison
             option = f"--self-kd-{field.replace('_', '-')}"
@@ -74,7 +65,7 @@ class SelfKDOptions:
         start, ramp = (
             "auto" if value is None else value for value in (self.start_update, self.ramp_updates)
         )
-        schedule = f"weight:{self.final_weight}|start:{start}|ramp:{ramp}"
+        schedule = f"weight:{self.weight}|start:{start}|ramp:{ramp}"
         if self.candidates == "past":  # which knows no distances
             return f"self_kd|cand:past|k:{self.top_k}|{schedule}|version:{__version__}"
         sigma = f"auto*{self.sigma_scale}" if self.sigma is None else f"{self.sigma}"

@@ -319,7 +319,7 @@ def test_a_schedule_is_derived_from_the_length_of_the_training(
         done = int(last["num_updates"])
         assert done == total
         # alpha of the last update is that of the one before it was made.
-        assert float(last["self_kd_weight"]) == pytest.approx((done - 1) / total, abs=1e-4)
+        assert float(last["self_kd_weight"]) == pytest.approx(0.5 * (done - 1) / total, abs=1e-4)
     else:
         assert float(last["self_kd_weight"]) == 0.5
 

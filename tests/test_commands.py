@@ -382,7 +382,7 @@ def test_what_is_refused(plain, corpus, tmp_path):
         (["neighbors", checkpoint, *words, "--json", "--csv"], "--json and --csv were given"),
         (["explain", checkpoint, data, "--sentence", 20], "--sentence is 20; allowed: 0 to 19 in"),
         (["explain", checkpoint, data, "--text", "other"], "has no text 'other'"),
-        (["explain", checkpoint, data, "--weight", 2], "--weight is 2.0; allowed: 'auto', or a"),
+        (["explain", checkpoint, data, "--weight", 2], "--weight is 2.0; allowed: a number from"),
         (["curves", tmp_path / "none.log"], "none.log holds no line of a training"),
         (["curves", tmp_path / "gone.log"], "gone.log: there is no such file"),
         (["curves", plain, "--by", "hour"], "--by is hour; allowed: updates, time"),

@@ -66,7 +66,7 @@ def explain(
         max_mass=max_mass,
     )
     rows, about = positions(trained, settings, text, sentence, shown)
-    weight = settings.final_weight
+    weight = settings.weight
     title = (
         f"Sentence {sentence} of {text}; {about}\n"
         f"trained on: {1 - weight:g} x label smoothing {trained.label_smoothing:g} + "
@@ -123,7 +123,7 @@ def _rows(
 ) -> Rows:
     num_words = lprobs.size(1)
     show = readable(trained.task.target_dictionary)
-    mixed = training_target(target, soft, trained.label_smoothing, settings.final_weight, num_words)
+    mixed = training_target(target, soft, trained.label_smoothing, settings.weight, num_words)
     best = lprobs.exp().topk(min(shown, num_words), 1)
     rows: Rows = []
     for i, t in enumerate(target.tolist()):
