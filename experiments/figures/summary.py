@@ -44,7 +44,7 @@ LINES = [
          "results", "comparison_wikitext2", "cosine,both,sigma_scale=0.5,weight=0.5"),
     Line("WikiText-2, 10,000 words", "control: all words alike",
          "results", "comparison_wikitext2", "uniform,weight=0.5,max_mass=0.05"),
-    Line("Multi30k, 10,000 pairs, 40 passes", "past, weight 0.5",
+    Line("Multi30k, 10,000 pairs, 40 passes", "past, believed everywhere alike",
          "low-resource", "low_resource", "past=0.5"),
     Line("Multi30k, 6 passes", "neighbours, light", "results", "comparison", DEFAULTS),
     Line("Multi30k, 6 passes", "neighbours, heavy", "results", "comparison", "cosine,weight=0.4"),
