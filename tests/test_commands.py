@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,10 @@ def test_compare_with_several_seeds(tmp_path):
     assert gained[0]["text"] == f"source {gained[0]['sentence']}"
     printed = skd("compare", *arms)
     assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in printed
+    for paths in files.values():
+        paths[0].write_text(paths[0].read_text().replace("\tw7 ", "\t<<unk>> "))
+    printed = skd("compare", *(paths[0] for paths in files.values()))
+    assert re.search(r"\d+ of the references hold <<unk>>", printed)
 
 
 def test_compare_plain_hypotheses(tmp_path):
@@ -411,7 +416,9 @@ def test_words_of_pieces_are_readable():
     show = trained.readable(bpe)
     assert [show(i) for i in (4, 5)] == ["hou\u2026", "se"]
     assert trained.word_ids(pieces, ["house", "s"]).tolist() == [4, 5]
-    assert trained.word_ids(bpe, ["hou"]).tolist() == [4]
+    assert trained.word_ids(bpe, ["hou", "hou\u2026"]).tolist() == [4, 4]
+    pieces.add_symbol("house")
+    assert trained.word_ids(pieces, ["house", "\u2026house", "\u2026s"]).tolist() == [4, 7, 5]
 
 
 def test_pictures_need_matplotlib(monkeypatch):

@@ -64,6 +64,12 @@ def compare(
             f"{first.path} holds no references (lines T-0, T-1, ... of fairseq-generate); "
             "--reference takes a file of them"
         )
+    unknown = sum("<<unk>>" in line for line in references)
+    if unknown:
+        output.note(
+            f"{unknown} of the references hold <<unk>>, since fairseq-generate writes them as the "
+            "dictionary knows them; --reference takes the text as it was written"
+        )
     for translations in files.values():
         for one in translations:
             _check(one, references, reference or first.path, reference is None)

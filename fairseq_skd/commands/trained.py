@@ -219,7 +219,8 @@ def readable(dictionary: Any) -> Callable[[int], str]:
 def word_ids(dictionary: Any, words: Sequence[str]) -> Tensor:
     """Return the ids of words as a person writes them; int64.
 
-    A word that begins a word needs no ``\u2581``, and one that is a whole BPE piece no ``@@``.
+    A piece that begins a word needs no ``\u2581``, and one that ends in ``@@`` can go without. What
+    `readable` shows is understood too.
 
     Raises
     ------
@@ -228,7 +229,13 @@ def word_ids(dictionary: Any, words: Sequence[str]) -> Tensor:
     """
     ids, unknown = [], []
     for word in words:
-        forms = [form for form in (word, f"\u2581{word}", f"{word}@@") if form in dictionary]
+        if word.startswith("\u2026"):
+            tried = [word[1:]]
+        elif word.endswith("\u2026"):
+            tried = [f"{word[:-1]}@@"]
+        else:
+            tried = [f"\u2581{word}", word, f"{word}@@"]
+        forms = [form for form in tried if form in dictionary]
         if forms:
             ids.append(dictionary.index(forms[0]))
         else:
