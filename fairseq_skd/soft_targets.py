@@ -150,7 +150,8 @@ class SelfTeacher:
     """Soft targets from a model's own output projection, for any trainer.
 
     Call `refresh` with the output projection before the first batch and again every few hundred
-    updates; call `soft_target` for every batch. Defaults are those of `SelfKDOptions`.
+    updates; call `soft_target` for every batch. Defaults are those of `SelfKDOptions`, but for the
+    candidates: the past is no teacher of this kind (`PastPredictions`).
 
     Parameters
     ----------
