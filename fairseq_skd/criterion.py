@@ -17,6 +17,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 
 from fairseq_skd import compatibility
@@ -67,12 +68,13 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
             "the length of the training"
         },
     )
-    self_kd_candidates: ChoiceEnum(TEACHERS) = field(  # type: ignore[valid-type]
-        default=SelfKDOptions.candidates,
+    self_kd_candidates: ChoiceEnum(("auto", *TEACHERS)) = field(  # type: ignore[valid-type]
+        default="auto",
         metadata={
             "help": "words that share the target's probability: those to which the model gave most "
             "when it last saw the sentence (past), the target's nearest neighbors in the output "
-            "projection, the model's prediction, or both of these"
+            "projection, the model's prediction, or both of these; auto is past for translation, "
+            "and neighbors for other tasks"
         },
     )
     self_kd_top_k: int = field(
@@ -111,8 +113,11 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     )
 
 
-def options_of(cfg: Any) -> SelfKDOptions:
+def options_of(cfg: Any, task: Any) -> SelfKDOptions:
     """Return the options of a criterion's configuration; what an older run lacks is the default.
+
+    Candidates that are ``auto`` are those that have helped in tasks of this kind (docs/results.md):
+    the past in translation, the nearest neighbors elsewhere, in language modelling that is.
 
     Raises
     ------
@@ -126,6 +131,8 @@ def options_of(cfg: Any) -> SelfKDOptions:
         values[f.name] = getattr(cfg, name, getattr(default, name))
     for choice in ("candidates", "similarity"):
         values[choice] = str(values[choice])  # fairseq's ChoiceEnum
+    if values["candidates"] == "auto":
+        values["candidates"] = "past" if isinstance(task, TranslationTask) else "neighbors"
     for name, kind, allowed in (
         ("sigma", float, "a positive number"),
         ("start_update", int, "0 or more updates"),
@@ -189,7 +196,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         )
         if not 0 <= cfg.label_smoothing <= 1:
             raise ValueError(f"--label-smoothing is {cfg.label_smoothing}; allowed: 0 to 1")
-        self.options = options_of(cfg)
+        self.options = options_of(cfg, task)
         if getattr(task, "target_dictionary", None) is None:
             raise ValueError(f"self_kd needs a target dictionary; {type(task).__name__} has none")
         if getattr(task, "dicts", None) is None:  # one a language: which, the model will show

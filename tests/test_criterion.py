@@ -561,6 +561,17 @@ def test_label_smoothing_out_of_range(build):
         )
 
 
+def test_the_task_decides_about_candidates_that_are_not_given(build):
+    options = ["--criterion", "self_kd", "--self-kd-top-k", 4]
+    found = [
+        build(*MODELS["transformer"], *options, load=False),
+        build(*LANGUAGE_MODELS["transformer_lm"], *options, lm=True, load=False),
+        build(*MODELS["transformer"], *options, "--self-kd-candidates", "both", load=False),
+    ]
+    candidates = [built.criterion.options.candidates for built in found]
+    assert candidates == ["past", "neighbors", "both"]
+
+
 def test_the_signature_is_logged_at_the_start(build, caplog):
     with caplog.at_level("INFO"):
         build(*MODELS["transformer"], *SELF_KD, "--self-kd-sigma", 0.7, load=False)
