@@ -187,8 +187,9 @@ def test_the_second_time_it_learns_from_the_first(build, train_step, tmp_path, m
         ours = train_step(built, sample, 1)
         # Probabilities are kept as float16.
         assert ours.loss.item() == pytest.approx(loss, rel=2e-4)
-        assert ours.log["self_kd_loss"].item() == pytest.approx(kd, rel=2e-4)
-        assert ours.log["self_kd_mass"].item() == pytest.approx(mass, rel=2e-4)
+        # The trust is one of them, too.
+        assert ours.log["self_kd_loss"].item() == pytest.approx(kd, rel=1e-3)
+        assert ours.log["self_kd_mass"].item() == pytest.approx(mass, rel=1e-3)
         assert_same_gradients(ours.gradients, gradients, rel=2e-3)
 
 

@@ -36,7 +36,9 @@ def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
     ]
     for name in PACKAGES:
         try:
-            rows.append({"what": name, "found": importlib.metadata.version(name)})
+            # torch's own has its build, +cpu or +cu126, where its package may not.
+            own = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+            rows.append({"what": name, "found": str(own)})
         except importlib.metadata.PackageNotFoundError:
             continue
     rows.append({"what": "CPU", "found": f"{torch.get_num_threads()} threads"})
