@@ -1,11 +1,11 @@
 """The table and the plot of a measurement, from its CSV: ``python -m benchmarks.report``."""
 
 import csv
-import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from benchmarks.workloads import BASELINE, CRITERIA
+from fairseq_skd.commands import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "docs" / "benchmarks.csv"
@@ -29,7 +29,7 @@ def read(path: Path = CSV) -> List[Row]:
 
 
 def table(rows: List[Row]) -> str:
-    """Return the medians as Markdown, one table a kind of measurement; the README holds it."""
+    """Return the medians as Markdown, a table a kind of measurement, as docs/performance.md has."""
     lines: List[str] = []
     for what in dict.fromkeys(row["what"] for row in rows):
         cells = {(_place(row), row["name"]): row for row in rows if row["what"] == what}
@@ -60,7 +60,7 @@ def _cell(row: Optional[Row], base: bool) -> str:
 
 def plot(rows: List[Row], path: Path) -> None:
     """Draw the training step of every criterion as a part of that of label smoothing (SVG)."""
-    pyplot = svg_pyplot()
+    pyplot = pictures.pyplot()
     steps = [row for row in rows if row["what"].startswith("training step")]
     shapes = list(dict.fromkeys(map(_place, steps)))
     names = list(dict.fromkeys(row["name"] for row in steps if row["name"] != BASELINE))
@@ -83,28 +83,7 @@ def plot(rows: List[Row], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds of a training step, {BASELINE} = 1 (less is better)")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=7)
-    save(figure, path)
-
-
-def svg_pyplot() -> Any:
-    """Return matplotlib's pyplot, set up so that equal figures give equal files."""
-    # fairseq has all loggers print all they have; this one has a line for each font.
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "fairseq_skd", "svg.fonttype": "none", "font.size": 9}
-    )
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure, without the date, so that equal figures give equal files."""
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    pictures.save_plot(figure, path)
 
 
 if __name__ == "__main__":

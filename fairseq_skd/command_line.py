@@ -10,19 +10,20 @@ from typing_extensions import Annotated
 
 from fairseq_skd.averaging import average_checkpoints
 from fairseq_skd.checkpoints import CheckpointError
+from fairseq_skd.commands import CommandError
 from fairseq_skd.commands.calibration import calibration
 from fairseq_skd.commands.compare import compare
 from fairseq_skd.commands.curves import curves
 from fairseq_skd.commands.doctor import doctor
 from fairseq_skd.commands.explain import explain
 from fairseq_skd.commands.neighbors import neighbors
-from fairseq_skd.commands.output import CommandError
 from fairseq_skd.version import __version__
 
 __all__ = ["main"]
 
 app = typer.Typer(
     add_completion=False,
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -207,7 +207,7 @@ def distilled(
     weights = soft_target.weights.to(chosen)
     rest = soft_target.rest.to(chosen) / num_words
     kd = log_normalizer - _weighed(weights, chosen).sum(1) - _weighed(rest, total)
-    mass = 1 - weights.masked_fill(soft_target.ids != target.unsqueeze(1), 0).sum(1) - rest
+    mass = 1 - soft_target.given_to(target).to(chosen) - rest
     if soft_target.share is None:
         return kd, mass
     share = soft_target.share.to(kd)

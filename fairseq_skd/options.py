@@ -30,6 +30,7 @@ class SelfKDOptions:
     # None: derived from the length of the training, `schedule.derived_schedule`
     start_update: Optional[int] = None
     ramp_updates: Optional[int] = None
+    # The command line has `auto`, for which the task decides: `criterion.options_of`
     candidates: str = "past"
     top_k: int = 10
     # Similarity and scale are what validation text has chosen: docs/results/tuning.md

@@ -56,8 +56,12 @@ class SoftTarget(NamedTuple):
         target : Tensor
             int64, N.
         """
-        given = self.weights.masked_fill(self.ids != target.unsqueeze(1), 0).sum(1)
+        given = self.given_to(target)
         return self._replace(share=given if self.share is None else given * self.share)
+
+    def given_to(self, target: Tensor) -> Tensor:
+        """Return the weight of a word at every position, 0 where it is none of the C; N."""
+        return self.weights.masked_fill(self.ids != target.unsqueeze(1), 0).sum(1)
 
     @property
     def rest(self) -> Tensor:
@@ -227,6 +231,8 @@ class SelfTeacher:
         ValueError, RuntimeError
             See `nearest_neighbors`; and if sigma is automatic and ``words`` are given.
         """
+        if words is not None and self.sigma is None:
+            raise ValueError("with the neighbours of some words alone sigma must be a number")
         self._is_fresh = True
         if self.needs_prediction:
             self._is_eligible = self._eligible_mask(embedding)
@@ -237,8 +243,6 @@ class SelfTeacher:
             embedding, self.top_k, self.eligible, self.similarity, words=words
         )
         if words is not None:
-            if self.sigma is None:
-                raise ValueError("with the neighbours of some words alone sigma must be a number")
             shape = len(embedding), self.top_k
             ids = words.new_zeros(shape).index_copy_(0, words, neighbors.ids)
             far = neighbors.distances.new_full(shape, float("inf"))

@@ -398,7 +398,9 @@ def test_quickstart_with_a_bad_corpus(tmp_path, content, message):
 def test_quickstart_with_another_corpus_in_its_folder(tmp_path):
     (tmp_path / "out" / "text").mkdir(parents=True)
     (tmp_path / "out" / "text" / "done").write_text("quickstart-de-fr")
-    message = "out is of quickstart-de-fr, not of quickstart-en-de; --out takes another folder"
+    message = (
+        "out is of quickstart-de-fr, not of quickstart-en-de, up to 12 words; --out takes another"
+    )
     with pytest.raises(AssertionError, match=message):
         quickstart("--out", tmp_path / "out")
 

@@ -18,7 +18,7 @@ from PIL import Image
 from sacrebleu import BLEU, CHRF
 
 from fairseq_skd import SelfTeacher, automatic_sigma, nearest_neighbors
-from fairseq_skd.commands import calibration, compare, output, teaching, trained
+from fairseq_skd.commands import CommandError, calibration, compare, pictures, teaching, trained
 from fairseq_skd.commands.logs import read_log
 from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.options import SelfKDOptions
@@ -237,6 +237,7 @@ def test_curves_of_both_formats(plain, language_model, tmp_path):
     assert first["alpha"] is None
     assert second["alpha"] == 0.5  # the default weight, at the end of the ramp
     assert 0 < second["mass"] <= 0.5
+    assert second["loss"] == read_log(language_model / "train.log").train[-1]["loss"]
     assert second["updates"] > 4
     assert picture.stat().st_size > 10_000
     by_time = machine("curves", plain, "--by", "time")["runs"]
@@ -423,8 +424,8 @@ def test_words_of_pieces_are_readable():
 
 def test_pictures_need_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(output.CommandError, match=r"pip install 'fairseq_skd\[view\]'"):
-        output.pyplot()
+    with pytest.raises(CommandError, match=r"pip install 'fairseq_skd\[view\]'"):
+        pictures.pyplot()
 
 
 def test_training_imports_no_command():

@@ -119,6 +119,12 @@ def test_pages_are_for_people_in_a_hurry():
 def test_every_link_leads_to_something():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     for page in pages:
-        for link in re.findall(r"\]\(([^)#\s]+)[)#]", page.read_text(encoding="utf-8")):
-            if not link.startswith("http"):
-                assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text("utf-8")):
+            if link.startswith("http"):
+                continue
+            to = page.parent / link if link else page
+            assert to.exists(), f"{page.name}: {link}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", to.read_text("utf-8"), re.MULTILINE)
+                slugs = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
+                assert anchor in slugs, f"{page.name}: {link}#{anchor}"

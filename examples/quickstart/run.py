@@ -35,11 +35,12 @@ from corpus import (
 from rich.console import Console
 from rich.table import Table
 
-from fairseq_skd.commands import explain, output
+from fairseq_skd.commands import explain, pictures
 from fairseq_skd.commands.compare import paired, read_generated
 from fairseq_skd.commands.logs import parse_line, read_log
 from fairseq_skd.commands.teaching import settings_of
 from fairseq_skd.commands.trained import load
+from fairseq_skd.options import SelfKDOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_INTERVAL = 50
@@ -105,7 +106,8 @@ def main() -> None:
 def prepare_text(pairs: Optional[Path], languages: Tuple[str, str], folder: Path) -> None:
     """Get the corpus, split it, and cut it into the pieces of a joint vocabulary."""
     text, pieces = folder / "text", folder / "pieces"
-    corpus = _name(pairs, "-".join(languages))
+    longest = LONGEST if pairs is not None else SHORT
+    corpus = f"{_name(pairs, '-'.join(languages))}, up to {longest} words"
     if (text / "done").exists():
         held = (text / "done").read_text(encoding="utf-8")
         if held != corpus:
@@ -113,12 +115,12 @@ def prepare_text(pairs: Optional[Path], languages: Tuple[str, str], folder: Path
     else:
         if pairs is not None:
             _step(f"Corpus: {pairs}")
-            found, longest = read_pairs(pairs), LONGEST
+            found = read_pairs(pairs)
         else:
             _step("Corpus: the help pages of LibreOffice (MPL-2.0), from Debian's packages")
             download = ROOT / "runs" / "download"
             fetch_help(languages, download)
-            found, longest = read_help(languages, download), SHORT
+            found = read_help(languages, download)
         kept = clean(found, longest)
         print(f"  {len(found)} pairs, {len(kept)} after cleaning", flush=True)
         parts = split(kept, min(1000, max(1, len(kept) // 20)))
@@ -177,7 +179,9 @@ class Arm:
         self.seed = seed
         self.data = folder / "data"
         self.updates = updates
-        settings = json.dumps([ARMS[name], MODEL, OPTIMISATION, updates, max_tokens, seed])
+        options = [ARMS[name], MODEL, OPTIMISATION, updates, max_tokens, seed]
+        # What is not given has its default, which another version may have changed.
+        settings = json.dumps([*options, SelfKDOptions().signature()])
         key = hashlib.sha256(settings.encode()).hexdigest()[:8]
         # Other settings are another run: they must not go on from this one's checkpoint.
         self.folder = folder / f"{name.replace(' ', '-')}-{key}"
@@ -275,11 +279,9 @@ def train(arms: Sequence[Arm]) -> None:
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
-        except BaseException as error:
+        except BaseException:
             for arm in missing:
                 arm.stop()
-            if isinstance(error, KeyboardInterrupt):
-                sys.exit("\nInterrupted. The same command goes on from here.")
             raise
 
 
@@ -309,10 +311,9 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
     for heading in ("criterion", "BLEU", "chrF2", "validation perplexity", "seconds an update"):
         table.add_column(heading, justify="left" if heading == "criterion" else "right")
     for name, row in results.items():
-        columns = (
-            f"{row['BLEU']:.1f} {row['chrF2']:.1f} {row['valid_ppl']:.2f} {row['seconds']:.2f}"
-        )
-        table.add_row(name, *columns.split())
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        scores_of = f"{row['BLEU']:.1f}", f"{row['chrF2']:.1f}", f"{row['valid_ppl']:.2f}"
+        table.add_row(name, *scores_of, seconds)
     console = Console(width=100, highlight=False)
     console.print()
     console.print(table)
@@ -339,7 +340,7 @@ def report(arms: List[Arm], folder: Path, languages: Tuple[str, str]) -> None:
 
 def draw(arms: List[Arm], folder: Path) -> None:
     """Draw validation curves of both, and what the second has taught itself at five words."""
-    pyplot = output.pyplot()
+    pyplot = pictures.pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 3.6), width_ratios=[1, 2])
     shown: List[float] = []
     for arm, style in zip(arms, ("--", "-")):
@@ -362,7 +363,7 @@ def draw(arms: List[Arm], folder: Path) -> None:
     explain.heat_map(right, chosen, min(6, max(len(row["mixed"]) for row in chosen)))
     right.set_yticks([])
     right.set_title("what it teaches itself at five words of the validation text", fontsize=9)
-    output.save_plot(figure, folder / "quickstart.png")
+    pictures.save_plot(figure, folder / "quickstart.png")
 
 
 def _run(
@@ -389,11 +390,9 @@ def _run(
                 tail.append(line)
                 on_line(line.rstrip("\n"))
             status = process.wait()
-        except BaseException as error:
+        except BaseException:
             process.terminate()
             process.wait()
-            if isinstance(error, KeyboardInterrupt):
-                sys.exit("\nInterrupted. The same command goes on from here.")
             raise
     if status != 0:
         _stop(f"{arguments[0]} failed; the end of {_short(log)}:\n{''.join(tail)}")
@@ -425,4 +424,7 @@ def _stop(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from here.")

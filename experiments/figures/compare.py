@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
 
 import sacrebleu
-from sacrebleu.significance import PairedTest
 
 from experiments.figures import collect
 from experiments.figures.collect import Row
 from experiments.runner.plan import Run
+from fairseq_skd.commands.compare import paired
 
-SAMPLES = 1000
 REACHED = "updates to the baseline's best"
 
 
@@ -81,17 +80,13 @@ def significance(runs: Sequence[Run], text: str) -> Iterator[Row]:
     systems = [(run.arm, _lines(run.folder / f"{text}.txt")) for run in runs]
     lower = "case:lc" in runs[0].evaluation.read_text(encoding="utf-8")
     metrics = {"BLEU": sacrebleu.BLEU(lowercase=lower), "chrF2": sacrebleu.CHRF(lowercase=lower)}
-    references = [_lines(runs[0].folder / f"{text}.ref")]
-    test = PairedTest(systems, metrics, references, test_type="bs", n_samples=SAMPLES)
-    signatures, found = test()
+    signatures, found = paired(systems, metrics, _lines(runs[0].folder / f"{text}.ref"))
     for name in metrics:
-        baseline, *others = found[name]
-        for run, other in zip(runs[1:], others):
-            difference = round(other.score - baseline.score, 2)
+        (baseline,), *others = found[name]
+        for run, (score, bootstrap, _) in zip(runs[1:], others):
+            difference = round(score - baseline, 2)
             signature = f"{name}|{signatures[name]}"
-            yield _row(
-                run, runs[0], f"{text} {name}", difference, round(other.p_value, 4), signature
-            )
+            yield _row(run, runs[0], f"{text} {name}", difference, round(bootstrap, 4), signature)
 
 
 def _row(

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Dict, List
 
-from benchmarks.report import save, svg_pyplot
 from experiments.figures.collect import Curve
+from fairseq_skd.commands import pictures
 
 # From the left; those that an experiment has none of are left out.
 MEASURES = [
@@ -27,7 +27,7 @@ def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
     path : Path
         Of the SVG.
     """
-    pyplot = svg_pyplot()
+    pyplot = pictures.pyplot()
     names = list(values)
     measures = [name for name in MEASURES if any(name in found for found in values.values())]
     figure, axes = pyplot.subplots(
@@ -50,8 +50,7 @@ def arms(values: Dict[str, Dict[str, List[float]]], path: Path) -> None:
     axes[0][0].set_title(f"long line: {names[0]}", fontsize=8, loc="left")
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()
-    save(figure, path)
-    pyplot.close(figure)
+    pictures.save_plot(figure, path)
 
 
 def curves(values: Dict[str, List[Curve]], path: Path) -> None:
@@ -67,7 +66,7 @@ def curves(values: Dict[str, List[Curve]], path: Path) -> None:
     path : Path
         Of the SVG.
     """
-    pyplot = svg_pyplot()
+    pyplot = pictures.pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
     lines = ["-", "--", ":", "-."]  # beside colours, for print in grey
     shown = []
@@ -81,5 +80,4 @@ def curves(values: Dict[str, List[Curve]], path: Path) -> None:
     axis.set_xlabel("updates")
     axis.set_ylabel("validation perplexity")
     axis.legend(fontsize=7, ncols=2)
-    save(figure, path)
-    pyplot.close(figure)
+    pictures.save_plot(figure, path)

@@ -9,9 +9,10 @@ import statistics
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
-from experiments.figures import collect, plots
+from experiments.figures import collect
 from experiments.figures.tables import placed, table
 from experiments.runner.plan import ROOT
+from fairseq_skd.commands import pictures
 from fairseq_skd.commands.compare import student_interval
 
 RESULTS = ROOT / "docs" / "results"
@@ -131,7 +132,7 @@ def draw(found: Dict[str, List[Dict[str, str]]], path: Path) -> None:
         for line in LINES
         if abs(statistics.fmean(paired(found[line.csv], line, "perplexity"))) < FAR
     ]
-    pyplot = plots.svg_pyplot()
+    pyplot = pictures.pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 0.9 + 0.27 * len(lines)), sharey=True)
     titles = {"perplexity": "perplexity, % (less is better)", "BLEU": "BLEU (more is better)"}
     for axis, (kind, title) in zip(axes, titles.items()):
@@ -146,8 +147,7 @@ def draw(found: Dict[str, List[Dict[str, str]]], path: Path) -> None:
     names = [f"{line.task}: {line.name}" for line in lines]
     axes[0].set_yticks(range(len(lines)), names, fontsize=8)
     axes[0].invert_yaxis()
-    plots.save(figure, path)
-    pyplot.close(figure)
+    pictures.save_plot(figure, path)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import typer
 from torch import Tensor
 from typing_extensions import Annotated
 
-from fairseq_skd.commands import output
-from fairseq_skd.commands.output import AsCSV, AsJSON, CommandError, Plot, Rows, Titled
+from fairseq_skd.commands import CommandError, output, pictures
+from fairseq_skd.commands.output import AsCSV, AsJSON, Plot, Rows, Titled
 from fairseq_skd.commands.teaching import Settings
 from fairseq_skd.commands.trained import Trained, load
 
@@ -115,7 +115,7 @@ def calibration(
 
       fairseq-skd calibration one/checkpoint_best.pt two/checkpoint_best.pt data-bin --plot c.png
     """
-    output.check_plot(plot)
+    pictures.check_plot(plot)
     found: Dict[str, Calibration] = {}
     rows: Rows = []
     for name, checkpoint in zip(output.labels(checkpoints), checkpoints):
@@ -135,9 +135,9 @@ def calibration(
 
 def draw(found: Dict[str, Calibration], path: Path) -> None:
     """Draw the reliability diagram: accuracy against confidence, and how many words there are."""
-    pyplot = output.pyplot()
+    pyplot = pictures.pyplot()
     figure, (upper, lower) = pyplot.subplots(
-        *(2, 1), figsize=(4.6, 5.2), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
+        *(2, 1), figsize=(4.6, 5.6), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
     )
     upper.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
     edges = [i / BINS for i in range(BINS + 1)]
@@ -150,9 +150,9 @@ def draw(found: Dict[str, Calibration], path: Path) -> None:
         shares = [place[0] / figures.words for place in figures.bins]
         lower.stairs(shares, edges, **style)
     upper.set_ylabel("part that is right")
-    upper.legend(fontsize=7, loc="upper left")
+    upper.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1))  # the curves go everywhere
     lower.set_ylabel("part of words")
     lower.set_xlabel("probability of the first choice")
     upper.set_xlim(0, 1)
     upper.set_ylim(0, 1)
-    output.save_plot(figure, path)
+    pictures.save_plot(figure, path)

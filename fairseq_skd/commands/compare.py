@@ -9,8 +9,8 @@ import typer
 from sacrebleu.significance import PairedTest
 from typing_extensions import Annotated
 
-from fairseq_skd.commands import output
-from fairseq_skd.commands.output import AsCSV, AsJSON, CommandError, Rows, Titled
+from fairseq_skd.commands import CommandError, output
+from fairseq_skd.commands.output import AsCSV, AsJSON, Rows, Titled
 
 __all__ = ["SAMPLES", "compare", "paired", "read_generated", "student_interval"]
 

@@ -1,14 +1,14 @@
 """``fairseq-skd curves``: how trainings went, from their logs."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Tuple
 
 import typer
 from typing_extensions import Annotated
 
-from fairseq_skd.commands import output
+from fairseq_skd.commands import CommandError, output, pictures
 from fairseq_skd.commands.logs import Log, read_log
-from fairseq_skd.commands.output import AsCSV, AsJSON, CommandError, Plot, Titled
+from fairseq_skd.commands.output import AsCSV, AsJSON, Plot, Titled
 
 __all__ = ["curves"]
 
@@ -19,6 +19,7 @@ PANELS = [
     ("train", "loss", "training loss (bits)"),
     ("train", "self_kd_weight", "alpha"),
     ("train", "self_kd_mass", "mass given away"),
+    ("train", "seconds", "seconds an update"),
 ]
 
 
@@ -38,7 +39,7 @@ def curves(
 
       fairseq-skd curves label-smoothing/train.log self-kd/train.log --plot curves.png
     """
-    output.check_plot(plot)
+    pictures.check_plot(plot)
     if by not in ("updates", "time"):
         raise CommandError(f"--by is {by}; allowed: updates, time")
     paths = [path / "train.log" if path.is_dir() else path for path in logs]
@@ -46,7 +47,7 @@ def curves(
     found = dict(zip(output.labels(named), map(_read, paths)))
     rows = [_row(name, log) for name, log in found.items()]
     formats = {
-        **dict.fromkeys(("best_perplexity", "best_bleu", "alpha"), ".2f"),
+        **dict.fromkeys(("best_perplexity", "best_bleu", "loss", "alpha"), ".2f"),
         **dict.fromkeys(("updates", "best_at_update"), ".0f"),
         **{"mass": ".3f", "seconds_an_update": ".3f", "minutes": ".1f"},
     }
@@ -77,6 +78,7 @@ def _row(name: str, log: Log) -> Dict[str, Any]:
         "best_perplexity": best.get("ppl"),
         "best_at_update": best.get("num_updates"),
         "best_bleu": max(bleu, default=None),
+        "loss": last.get("loss"),
         "alpha": last.get("self_kd_weight"),
         "mass": last.get("self_kd_mass"),
         "seconds_an_update": log.seconds_an_update(),
@@ -86,11 +88,9 @@ def _row(name: str, log: Log) -> Dict[str, Any]:
 
 def draw(found: Dict[str, Log], by: str, path: Path) -> None:
     """Draw a panel a figure, with a line a run."""
-    pyplot = output.pyplot()
+    pyplot = pictures.pyplot()
     panels = [
-        panel
-        for panel in PANELS
-        if any(panel[1] in fields for log in found.values() for fields in getattr(log, panel[0]))
+        panel for panel in PANELS if any(_points(log, *panel[:2], by) for log in found.values())
     ]
     figure, axes = pyplot.subplots(
         *(len(panels), 1), figsize=(6.5, 0.6 + 1.7 * len(panels)), sharex=True, squeeze=False
@@ -98,11 +98,7 @@ def draw(found: Dict[str, Log], by: str, path: Path) -> None:
     for axis, (kind, name, title) in zip(axes[:, 0], panels):
         later: List[float] = []
         for number, (run, log) in enumerate(found.items()):
-            points = [
-                (_place(fields, log, by), fields[name])
-                for fields in getattr(log, kind)
-                if name in fields
-            ]
+            points = _points(log, kind, name, by)
             if not points:
                 continue
             style = ("-", "--", ":", "-.")[number % 4]
@@ -110,7 +106,7 @@ def draw(found: Dict[str, Log], by: str, path: Path) -> None:
             axis.plot(
                 *zip(*points), color=f"C{number % 10}", linestyle=style, marker=marker, label=run
             )
-            later += [value for _, value in points[len(points) // 4 :]]
+            later += [value for _, value in points[len(points) // 2 :]]
         if name in ("ppl", "loss") and later:
             # The first values are many times as high; the rest is what one wants to see.
             room = 0.08 * (max(later) - min(later)) or 1
@@ -120,10 +116,20 @@ def draw(found: Dict[str, Log], by: str, path: Path) -> None:
     axes[-1][0].set_xlabel(
         "updates" if by == "updates" else "minutes of training, without validation"
     )
-    output.save_plot(figure, path)
+    pictures.save_plot(figure, path)
 
 
-def _place(fields: Dict[str, float], log: Log, by: str) -> Optional[float]:
+def _points(log: Log, kind: str, name: str, by: str) -> List[Tuple[float, float]]:
+    """Return where and how high a figure is drawn."""
+    if name == "seconds":
+        found = log.seconds()
+    else:
+        lines: List[Dict[str, float]] = getattr(log, kind)
+        found = [(fields, fields[name]) for fields in lines if name in fields]
+    return [(_place(fields, log, by), value) for fields, value in found]
+
+
+def _place(fields: Dict[str, float], log: Log, by: str) -> float:
     updates = fields["num_updates"]
     if by == "updates":
         return updates

@@ -8,8 +8,8 @@ from typing import Callable, Dict
 
 import torch
 
-from fairseq_skd.commands import output
-from fairseq_skd.commands.output import AsCSV, AsJSON, CommandError, Rows, Titled
+from fairseq_skd.commands import CommandError, output
+from fairseq_skd.commands.output import AsCSV, AsJSON, Rows, Titled
 from fairseq_skd.self_check import LossCheckError, check_linear_loss, check_loss
 from fairseq_skd.soft_targets import SelfTeacher
 
@@ -64,7 +64,9 @@ def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
 
 
 def _loads_safely() -> bool:
-    return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") not in ("1", "y", "yes", "true")
+    # As torch reads it.
+    unsafe = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower()
+    return unsafe not in ("1", "y", "yes", "true")
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> Rows:

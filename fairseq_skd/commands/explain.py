@@ -7,8 +7,8 @@ import typer
 from torch import Tensor
 from typing_extensions import Annotated
 
-from fairseq_skd.commands import output
-from fairseq_skd.commands.output import AsCSV, AsJSON, CommandError, Plot, Rows, Titled
+from fairseq_skd.commands import CommandError, output, pictures
+from fairseq_skd.commands.output import AsCSV, AsJSON, Plot, Rows, Titled
 from fairseq_skd.commands.teaching import Checkpoint, Settings, settings_of, teacher_for
 from fairseq_skd.commands.trained import Trained, load, readable
 from fairseq_skd.loss import training_target
@@ -53,7 +53,7 @@ def explain(
 
       fairseq-skd explain checkpoint_best.pt data-bin --sentence 3 --plot sentence.png
     """
-    output.check_plot(plot)
+    pictures.check_plot(plot)
     trained = load(checkpoint, data, user_dir)
     settings = settings_of(
         trained,
@@ -160,12 +160,12 @@ def _list(show: Any, ids: List[int], values: List[float]) -> str:
 
 def draw(rows: Rows, title: str, path: Path) -> None:
     """Draw a line a position: the target at the left, then the words that share with it."""
-    pyplot = output.pyplot()
+    pyplot = pictures.pyplot()
     width = min(7, max(len(row["mixed"]) for row in rows))
     figure, axis = pyplot.subplots(figsize=(1.6 + 1.4 * width, 1.1 + 0.24 * len(rows)))
     heat_map(axis, rows, width)
     axis.set_ylabel("position")
-    output.save_plot(figure, path, title)
+    pictures.save_plot(figure, path, title)
 
 
 def heat_map(axis: Any, rows: Rows, width: int) -> None:

@@ -29,8 +29,10 @@ class Log(NamedTuple):
     train: List[Fields]
     valid: List[Fields]
 
-    def seconds_an_update(self, began_at: float = 0) -> Optional[float]:
-        """Return the median of what an update took, without validation and saving; None if unknown.
+    def seconds(self, began_at: float = 0) -> List[Tuple[Fields, float]]:
+        """Return lines of the training with what an update took before each, where that is known.
+
+        Without validation and saving.
 
         Parameters
         ----------
@@ -39,12 +41,16 @@ class Log(NamedTuple):
         """
         done = [began_at, *(fields["num_updates"] for fields in self.train)]
         # train_wall: seconds since the line before.
-        seconds = [
-            fields["train_wall"] / (now - before)
+        return [
+            (fields, fields["train_wall"] / (now - before))
             for fields, before, now in zip(self.train, done, done[1:])
             if "train_wall" in fields and now > before
         ]
-        return statistics.median(seconds) if seconds else None
+
+    def seconds_an_update(self, began_at: float = 0) -> Optional[float]:
+        """Return the median of `seconds`; None if there are none."""
+        found = [seconds for _, seconds in self.seconds(began_at)]
+        return statistics.median(found) if found else None
 
 
 def read_log(path: Path) -> Log:

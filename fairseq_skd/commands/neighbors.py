@@ -8,8 +8,8 @@ import typer
 from torch import Tensor
 from typing_extensions import Annotated
 
-from fairseq_skd.commands import output
-from fairseq_skd.commands.output import AsCSV, AsJSON, CommandError, Plot, Rows, Titled
+from fairseq_skd.commands import CommandError, output, pictures
+from fairseq_skd.commands.output import AsCSV, AsJSON, Plot, Rows, Titled
 from fairseq_skd.commands.plausibility import plausibility
 from fairseq_skd.commands.teaching import Checkpoint, Settings, settings_of, teacher_for
 from fairseq_skd.commands.trained import Trained, load, readable, word_ids
@@ -59,7 +59,7 @@ def neighbors(
 
       fairseq-skd neighbors checkpoint_best.pt --most-confused 20 --plot confused.png
     """
-    output.check_plot(plot)
+    pictures.check_plot(plot)
     if plausible + bool(words) + (random > 0) + (most_confused > 0) != 1:
         raise CommandError("give one of --words, --random, --most-confused and --plausible")
     trained = load(checkpoint, data, user_dir)
@@ -150,7 +150,7 @@ def draw(rows: Rows, title: str, path: Path) -> None:
     by_word: Dict[str, Rows] = {}
     for row in rows:
         by_word.setdefault(row["word"], []).append(row)
-    pyplot = output.pyplot()
+    pyplot = pictures.pyplot()
     columns = min(3, len(by_word))
     lines = -(-len(by_word) // columns)
     k = max(map(len, by_word.values()))
@@ -180,4 +180,4 @@ def draw(rows: Rows, title: str, path: Path) -> None:
     for axis in list(axes.flat)[len(by_word) :]:
         axis.set_visible(False)
     axes[0][0].set_xlabel("distance; at the right, probability", fontsize=7)
-    output.save_plot(figure, path, title)
+    pictures.save_plot(figure, path, title)

@@ -1,11 +1,9 @@
-"""What a subcommand prints: tables for people, JSON and CSV for machines, errors in a sentence."""
+"""What a subcommand prints: tables for people, JSON and CSV for machines, progress."""
 
 import contextlib
 import csv
 import json
-import logging
 import sys
-import textwrap
 from pathlib import Path
 from typing import (
     Any,
@@ -27,18 +25,17 @@ from rich.progress import track
 from rich.table import Table
 from typing_extensions import Annotated
 
+from fairseq_skd.commands import CommandError
+
 __all__ = [
     "AsCSV",
     "AsJSON",
-    "CommandError",
     "Plot",
     "Rows",
-    "check_plot",
+    "Titled",
     "labels",
     "note",
     "progress",
-    "pyplot",
-    "save_plot",
     "show",
     "waiting",
 ]
@@ -54,10 +51,6 @@ Plot = Annotated[
 
 # Width of what is not a terminal: a log, a page.
 _WIDTH = 110
-
-
-class CommandError(Exception):
-    """The command cannot be carried out; the message says what was wrong and what to do."""
 
 
 class Titled(NamedTuple):
@@ -78,7 +71,8 @@ def show(
         By the name that JSON gives them, the most important one first. All rows of a table have
         the same columns.
     formats : mapping
-        How a column is written for people, as `format` takes it (".2f"). Others as they are.
+        How a column is written for people, as `format` takes it (".2f"). Others as they are, and
+        those without any value not at all.
     as_json, as_csv : bool
         For machines: all tables, or the rows of the first.
     """
@@ -100,19 +94,20 @@ def show(
             continue
         console.print(title, style="bold", markup=False)
         table = Table()
+        shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
         numeric = {
             name
-            for name in rows[0]
+            for name in shown
             if all(isinstance(row[name], (int, float, type(None))) for row in rows)
         }
-        for name in rows[0]:
+        for name in shown:
             table.add_column(
                 name.replace("_", " "),
                 justify="right" if name in numeric else "left",
                 overflow="fold",
             )
         for row in rows:
-            table.add_row(*(_cell(value, formats.get(name, "")) for name, value in row.items()))
+            table.add_row(*(_cell(row[name], formats.get(name, "")) for name in shown))
         console.print(table)
 
 
@@ -154,58 +149,3 @@ def waiting(what: str) -> ContextManager[object]:
     """Tell a terminal what is being waited for."""
     console = Console(stderr=True)
     return console.status(what) if console.is_terminal else contextlib.nullcontext()
-
-
-def check_plot(path: Optional[Path]) -> None:
-    """Refuse a picture that could not be written, before any work.
-
-    Raises
-    ------
-    CommandError
-        Without matplotlib, for another kind of file, or in a folder that is not there.
-    """
-    if path is None:
-        return
-    if path.suffix not in (".png", ".svg"):
-        raise CommandError(f"--plot is {path}; allowed: a file that ends in .png or .svg")
-    if not path.parent.is_dir():
-        raise CommandError(f"--plot is {path}, and there is no folder {path.parent}")
-    pyplot()
-
-
-def pyplot() -> Any:
-    """Return matplotlib's pyplot, set up so that equal figures give equal files.
-
-    Raises
-    ------
-    CommandError
-        If matplotlib is missing.
-    """
-    # fairseq has all loggers print all they have; this one has a line for each font.
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    try:
-        import matplotlib
-    except ImportError:
-        raise CommandError("pictures need matplotlib:  pip install 'fairseq_skd[view]'") from None
-    matplotlib.use("agg")
-    matplotlib.rcParams.update(
-        {
-            **{"svg.hashsalt": "fairseq_skd", "svg.fonttype": "none"},
-            **{"font.size": 9, "axes.spines.top": False, "axes.spines.right": False},
-        }
-    )
-    from matplotlib import pyplot as found
-
-    return found
-
-
-def save_plot(figure: Any, path: Path, title: str = "") -> None:
-    """Write a figure, without the date, so that equal figures give equal files."""
-    if title:
-        # At 8 points about 14 letters to an inch.
-        lines = [textwrap.fill(line, int(14 * figure.get_figwidth())) for line in title.split("\n")]
-        figure.suptitle("\n".join(lines), fontsize=8, x=0.01, ha="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot().close(figure)
-    note(f"written to {path}")

@@ -15,7 +15,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from fairseq_skd.commands.output import Rows
+from fairseq_skd.commands.output import Rows, waiting
 from fairseq_skd.commands.trained import Trained
 from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.neighbors import SIMILARITIES, nearest_neighbors
@@ -43,7 +43,8 @@ def plausibility(trained: Trained, subset: str, k: int) -> Rows:
     texts = trained.dataset(subset)
     words = torch.cat([texts[i]["target"] for i in range(len(texts))]).unique()
     words = words[words != pad].to(weight.device)
-    candidates = _candidates(trained, k, counts, words)
+    with waiting("measuring the nearest words"):
+        candidates = _candidates(trained, k, counts, words)
     lengths = weight.norm(dim=1)
     elsewhere = wrong = 0.0
     on = dict.fromkeys(candidates, 0.0)

@@ -9,7 +9,8 @@ import typer
 from torch import Tensor
 from typing_extensions import Annotated
 
-from fairseq_skd.commands.output import CommandError, progress
+from fairseq_skd.commands import CommandError
+from fairseq_skd.commands.output import progress
 from fairseq_skd.commands.trained import Trained
 from fairseq_skd.neighbors import Neighbors, nearest_neighbors
 from fairseq_skd.options import SelfKDOptions, parse_number

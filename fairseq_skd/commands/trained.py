@@ -9,8 +9,9 @@ from fairseq import checkpoint_utils, utils
 from torch import Tensor
 
 from fairseq_skd import compatibility
-from fairseq_skd.checkpoints import CheckpointError, read_checkpoint
-from fairseq_skd.commands.output import CommandError, progress, waiting
+from fairseq_skd.checkpoints import read_checkpoint
+from fairseq_skd.commands import CommandError
+from fairseq_skd.commands.output import progress, waiting
 from fairseq_skd.criterion import options_of
 from fairseq_skd.options import SelfKDOptions
 from fairseq_skd.output_projection import (
@@ -84,15 +85,15 @@ class Trained(NamedTuple):
 
     def eligible(self) -> Tuple[Tensor, str]:
         """Return the ids of the words that may get probability, and which these are."""
+        which = "all of the dictionary but special symbols"
         try:
             self.task.load_dataset("train")
-            found = "those of the training text's target side"
         except FileNotFoundError:
-            found = "all of the dictionary (no training text is there to tell the target's side)"
+            which += " (no training text is there to tell the target's side)"
         words, on_target_side = compatibility.eligible_words(self.projection.dictionary, self.task)
-        if not on_target_side and found.startswith("those"):
-            found = "all of the dictionary but special symbols"
-        return torch.from_numpy(words), found
+        if on_target_side:
+            which = "those of the training text's target side"
+        return torch.from_numpy(words), which
 
     def predictions(self, subset: str) -> Iterator[Tuple[Tensor, Tensor]]:
         """Predict every target word of a text from the true words before it, without gradient.
@@ -149,13 +150,12 @@ def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path]
 
     Raises
     ------
+    CheckpointError
+        If it is no checkpoint.
     CommandError
         If it cannot be loaded: what is missing, or does not fit.
     """
-    try:
-        state = read_checkpoint(checkpoint, mmap=True)
-    except CheckpointError as error:
-        raise CommandError(str(error)) from error
+    state = read_checkpoint(checkpoint, mmap=True)
     folder = data or _data_of(state)
     if folder is None or not list(folder.glob("dict*.txt")):
         raise CommandError(
