@@ -424,7 +424,7 @@ def test_words_of_pieces_are_readable():
 
 def test_pictures_need_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(CommandError, match=r"pip install 'fairseq_skd\[view\]'"):
+    with pytest.raises(CommandError, match=r"pip install matplotlib"):
         pictures.pyplot()
 
 

@@ -274,7 +274,7 @@ def student_interval(differences: Sequence[float], level: float = 0.95) -> Tuple
     try:
         from scipy.stats import t  # type: ignore[import-untyped]
     except ImportError:
-        raise CommandError("intervals need scipy:  pip install 'fairseq_skd[view]'") from None
+        raise CommandError("intervals need scipy:  pip install scipy") from None
     mean = statistics.fmean(differences)
     error = statistics.stdev(differences) / len(differences) ** 0.5
     half = float(t.ppf((1 + level) / 2, len(differences) - 1)) * error

@@ -41,7 +41,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise CommandError("pictures need matplotlib:  pip install 'fairseq_skd[view]'") from None
+        raise CommandError("pictures need matplotlib:  pip install matplotlib") from None
     matplotlib.use("agg")
     matplotlib.rcParams.update(
         {
