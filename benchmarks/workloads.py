@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fairseq import optim, options, tasks
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -40,11 +41,10 @@ CRITERIA = {
     ],
     "self-KD, weight 0": ["self_kd", "--label-smoothing", "0.1", "--self-kd-weight", "0"],
     "cross-entropy": ["cross_entropy"],
-    "R-Drop": [
-        *("label_smoothed_cross_entropy_with_rdrop", "--label-smoothing", "0.1"),
-        *("--rdrop-alpha", "5"),
-    ],
 }
+_R_DROP = "label_smoothed_cross_entropy_with_rdrop"
+if _R_DROP in CRITERION_REGISTRY:  # fairseq 0.12.2 has none
+    CRITERIA["R-Drop"] = [_R_DROP, "--label-smoothing", "0.1", "--rdrop-alpha", "5"]
 
 
 class Shape(NamedTuple):

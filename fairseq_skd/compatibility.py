@@ -57,13 +57,23 @@ def allow_fairseqs_checkpoints() -> None:
     dtypes = [type(value.dtype) for value in numbers]
     classes = [argparse.Namespace, np.ndarray, np.dtype, *dtypes]
     torch.serialization.add_safe_globals([*makers, *classes])
-    if TorchVersion(torch.__version__) < "2.6":  # which loads whatever a file asks for
+    # The names in a checkpoint that was written with numpy 1, and with numpy 2.
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    named: List[Any] = [(maker, module) for maker in makers for module in modules]
+    if TorchVersion(torch.__version__) < "2.6":
+        # It loads whatever a file asks for, and knows a function by the name that it has.
         os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    else:  # takes a name beside each
-        # The names in a checkpoint that was written with numpy 1, and with numpy 2.
-        modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-        named: List[Any] = [(maker, f"{m}.{maker.__name__}") for maker in makers for m in modules]
-        torch.serialization.add_safe_globals(named)
+        torch.serialization.add_safe_globals([_named_as_of(*each) for each in named])
+    else:
+        torch.serialization.add_safe_globals([(f, f"{m}.{f.__name__}") for f, m in named])
+
+
+def _named_as_of(function: Any, module: str) -> Any:
+    def named(*args: Any) -> Any:
+        return function(*args)
+
+    named.__name__, named.__module__ = function.__name__, module
+    return named
 
 
 def tell_criteria_of_updates() -> None:

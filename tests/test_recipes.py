@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fairseq.criterions import CRITERION_REGISTRY
 from omegaconf import OmegaConf
 
 from experiments.figures import collect
@@ -23,6 +24,7 @@ IWSLT = EXAMPLES / "translation" / "iwslt14_de_en"
 WMT = EXAMPLES / "translation" / "wmt14_en_de"
 WIKITEXT2 = EXAMPLES / "language_model" / "wikitext2"
 WIKITEXT103 = EXAMPLES / "language_model" / "wikitext103"
+R_DROP = "label_smoothed_cross_entropy_with_rdrop"
 RECIPES = [MULTI30K, IWSLT, WMT, WIKITEXT2, WIKITEXT103]
 # A recipe is a dozen commands, each of which loads torch: on a busy machine minutes.
 pytestmark = pytest.mark.timeout(900)
@@ -241,11 +243,11 @@ def test_an_experiment_on_validation_text(prepared, tmp_path):
     assert not list((tmp_path / "multi30k" / "multi30k-random-seed1").glob("test*"))
 
 
+@pytest.mark.skipif(R_DROP not in CRITERION_REGISTRY, reason="fairseq 0.12.2 has no R-Drop")
 @pytest.mark.parametrize("recipe", [MULTI30K, WIKITEXT2], ids=lambda recipe: recipe.name)
 def test_r_drop_trains(recipe, prepared):
     out, _ = prepared(recipe)
-    criterion = "label_smoothed_cross_entropy_with_rdrop"
-    trained = script(recipe / "train.sh", criterion, "--smoke", "--out", out)
+    trained = script(recipe / "train.sh", R_DROP, "--smoke", "--out", out)
     assert "rdrop_kl_loss" in trained
     assert "valid on 'valid' subset" in trained
 
