@@ -82,7 +82,9 @@ class Runner:
         self.runs = runs
         self.jobs = jobs
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        # The recipes' commands are those of this interpreter, whether or not it is on the path.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        self.environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(self.threads)}
         self.lock = threading.Lock()
         self.processes: Set[int] = set()
         self.stopped = False
