@@ -4,6 +4,7 @@ Tried with ve-fairseq 0.12.3 (torch 2.13) and fairseq 0.12.2 (torch 2.5).
 """
 
 import argparse
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -64,6 +65,8 @@ def allow_fairseqs_checkpoints() -> None:
         # It loads whatever a file asks for, and knows a function by the name that it has.
         os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
         torch.serialization.add_safe_globals([_named_as_of(*each) for each in named])
+        # In pickles the bytes of a number; torch 2.5 and newer know it.
+        torch.serialization.add_safe_globals([codecs.encode])
     else:
         torch.serialization.add_safe_globals([(f, f"{m}.{f.__name__}") for f, m in named])
 
