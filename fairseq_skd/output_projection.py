@@ -83,8 +83,7 @@ def find_output_projection(model: Any, dictionary: Any) -> OutputProjection:
         raise _unsupported(
             inner,
             f"its output projection has shape {tuple(weight.shape)}, but the decoder's dictionary "
-            f"has {len(dictionary)} words: one row a word is needed (sharded parameters, "
-            "--ddp-backend fully_sharded, have none)",
+            f"has {len(dictionary)} words: one row a word is needed",
         )
     plain = _plain_softmax(inner, decoder)
     owner = weight if isinstance(weight, nn.Parameter) else decoder

@@ -169,6 +169,21 @@ def test_workers_equal_one_that_accumulates(corpus, tmp_path, workers):
     )
 
 
+@pytest.mark.parametrize("candidates", ["neighbors", "past"])
+def test_epochs_of_one_batch_without_the_sentences_that_are_too_long(
+    corpus, tmp_path, candidates
+):
+    limits = ["--max-source-positions", 7, "--max-target-positions", 7]
+    limits += ["--skip-invalid-size-inputs-valid-test", "--max-epoch", 12]
+    options = [*limits, "--max-tokens", 100_000, "--self-kd-candidates", candidates]
+    log = train(corpus / "pair", tmp_path, *options)
+    assert re.search(r"\d+ samples have invalid sizes and will be skipped", log)
+    losses = [float(record["loss"]) for record in logged(log)]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    assert float(logged(log)[-1]["self_kd_mass"]) > 0
+
+
 def test_two_workers_share_the_past_also_if_one_has_no_batch_left(corpus, tmp_path):
     """An odd number of batches an epoch: at its end one worker has a dummy batch."""
     options = [

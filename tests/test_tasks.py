@@ -171,3 +171,12 @@ def test_too_few_words_on_the_target_side_are_told_before_the_first_update(train
     with pytest.raises(ValueError, match=r"--self-kd-top-k is 45; allowed: 1 to 39"):
         trainer.train_step([batches[0]])
     assert trainer.get_num_updates() == 0
+
+
+def test_sharded_parameters_are_refused_before_the_first_batch(training):
+    """fairscale, which makes them, is not needed for that."""
+    translation = ("--task", "translation", "--source-lang", "de", "--target-lang", "en")
+    trainer, batches = training("joined", *translation, "--arch", "transformer", *SELF_KD)
+    trainer.cfg.distributed_training.ddp_backend = "fully_sharded"
+    with pytest.raises(ValueError, match=r"--ddp-backend is fully_sharded; allowed.*legacy_ddp"):
+        trainer.train_step([batches[0]])
