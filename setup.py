@@ -34,7 +34,9 @@ setup(
         f"omegaconf<2.1; {OLD}",
         f"numpy<2; {OLD}",
         "numpy",
-        "torch>=2.4",
+        # What the tests have been run with: README.md, "Install".
+        f"torch>=2.4,<2.14; {NEW}",
+        f"torch>=2.4,<2.6; {OLD}",
         "sacrebleu>=2.3",
         "sentencepiece",
         "typer>=0.12",

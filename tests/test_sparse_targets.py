@@ -411,3 +411,15 @@ def test_one_word_is_a_vocabulary_too():
     target = torch.zeros(3, dtype=torch.long)
     assert not self_kd_linear_cross_entropy(features, embedding, target).loss
     assert not self_kd_cross_entropy(features @ embedding.t(), target).loss.any()
+
+
+def test_trust_is_what_a_target_gives_to_the_true_word():
+    """A word in two columns counts twice, the share that was there is kept as a factor."""
+    ids = torch.tensor([[3, 5, 3], [0, 1, 2], [4, 0, 0]])
+    weights = torch.tensor([[0.25, 0.5, 0.125], [0.5, 0.25, 0.0], [1.0, 0.0, 0.0]])
+    target = torch.tensor([3, 4, 4])
+    soft = SoftTarget(ids, weights)
+    assert soft.trusted(target).share.tolist() == [0.375, 0, 1]
+    shared = soft._replace(share=torch.tensor([0.5, 1, 0.25]))
+    assert shared.trusted(target).share.tolist() == [0.1875, 0, 0.25]
+    assert shared.trusted(target).ids is ids
