@@ -231,7 +231,8 @@ def test_other_models(corpus, tmp_path, base):
     assert "self_kd_loss" in logged(output)[-1]
 
 
-def test_hydra_train_from_a_yaml(corpus, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hydra_train_from_a_yaml(corpus, tmp_path, precision):
     (tmp_path / "run.yaml").write_text(
         f"""# @package _group_
 common: {{cpu: true, user_dir: {PLUGIN}, log_format: json, log_interval: 1, seed: 3}}
@@ -258,9 +259,9 @@ lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 4}}
 checkpoint: {{save_dir: {tmp_path / "save"}}}
 """
     )
-    output = command(
-        "fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "run", cwd=tmp_path
-    )
+    run = ["--config-dir", tmp_path, "--config-name", "run"]
+    bf16 = f"common.bf16={str(precision == 'bf16').lower()}"
+    output = command("fairseq-hydra-train", *run, bf16, cwd=tmp_path)
     log = "".join(path.read_text() for path in tmp_path.rglob("*.log")) + output
     assert "k:5|sim:cosine|sigma:2.5|" in log
     assert '"self_kd_weight": "0.4"' in log
