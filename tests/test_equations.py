@@ -38,6 +38,7 @@ class TestSchedule:
             ("past", 6000, 500, (0, 6000)),
             ("neighbors", 6000, 500, (1500, 500)),
             ("prediction", 6000, 2000, (2000, 500)),
+            ("both", 1007, 0, (251, 83)),  # whole updates
             ("past", None, 500, (1000, 1000)),
         ],
     )

@@ -96,6 +96,19 @@ def test_any_sparse_target(shape, dtype, smoothing, weight):
         assert_close(mine, theirs, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("upstream", [2.5, -0.5])
+def test_the_gradient_that_a_sum_is_given(dtype, upstream):
+    features, embedding, target, soft, factors = inputs(9, 33, 4, 5, dtype)
+    arguments = features, embedding, target, soft, 0.1, 0.4
+    _, _, gradients = by_reference(*arguments, factors, upstream)
+    ours = self_kd_linear_cross_entropy(*arguments, position_weights=factors)
+    found = torch.autograd.grad(ours.loss * upstream, [features, embedding])
+    for mine, theirs in zip(found, gradients):
+        assert mine.dtype == dtype
+        assert_close(mine, theirs, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("complete", [True, False])
 def test_it_is_the_cross_entropy_to_the_dense_target(complete):
     """The definition in another form: PyTorch's cross-entropy with probabilities."""
