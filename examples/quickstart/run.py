@@ -54,6 +54,7 @@ _OPTIMISATION = [
 _BLOCKS = ["--sample-break-mode", "complete", "--tokens-per-sample", "64"]
 LANGUAGE_MODEL = [
     *("--task", "language_modeling", *_BLOCKS, "--arch", "transformer_lm", *_STACK["decoder"]),
+    *("--decoder-input-dim", "128", "--decoder-output-dim", "128"),  # by default 512
     *("--share-decoder-input-output-embed", *_OPTIMISATION, "--warmup-updates", "100"),
 ]
 TRANSLATION = [
