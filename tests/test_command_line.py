@@ -379,25 +379,20 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     )
     # Few epochs: each one validates and saves.
     arguments = ["--pairs", pairs, "--langs", "xx-yy", "--out", tmp_path / "out"]
-    arguments += ["--updates", 50, "--max-tokens", 400]
+    arguments += ["--updates", 50, "--max-tokens", 200]
     output = quickstart(*arguments)
     assert "label smoothing update    50 of 50" in output
     assert "self-KD         update    50 of 50" in output
-    assert "language models of xx with cross-entropy and self-KD: 33 updates" in output
-    assert re.search(r"self-KD +│ +\d+\.\d\d │ +\d+\.\d\d │ +[+-]\d+\.\d % │", output)
     assert re.search(r"label smoothing +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
     assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in output
     assert len(re.findall(r"^self-KD: ", output, re.MULTILINE)) == 3
     assert (tmp_path / "out" / "quickstart.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    translation = {"label smoothing", "self-KD", "signature", "p_value"}
-    assert set(results["translation"]) == translation
-    assert set(results["language model"]) == {"cross-entropy", "self-KD"}
+    assert set(results) == {"label smoothing", "self-KD", "signature", "p_value"}
     again = quickstart(*arguments)
     assert "Training" not in again
     assert "$ fairseq" not in again
-    title = "language models of xx, seed 1"
-    assert output[output.index(title) :].split("Done")[0] in again
+    assert output[output.index("xx-yy, ") :].split("Done")[0] in again
 
 
 @pytest.mark.parametrize(
