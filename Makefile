@@ -7,13 +7,17 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.10 python3.9 python3; d
 	$$p -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 READY := $(VENV)/ready
 
-.PHONY: quickstart test test-matrix lint benchmark gpu experiments results clean
+.PHONY: quickstart test coverage test-matrix lint benchmark gpu experiments results clean
 
 quickstart: $(READY)
 	@$(VENV)/bin/python examples/quickstart/run.py $(if $(PAIRS),--pairs "$(PAIRS)")
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+# Which lines the tests run, also in the commands that they start; docs/reliability.md has what came of it.
+coverage: $(READY)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # Every combination of Python and torch that noxfile.py lists; hours and gigabytes. SESSION names one.
 test-matrix: $(READY)

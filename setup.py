@@ -53,6 +53,7 @@ setup(
             "mypy",
             "nox",
             "pytest",
+            "pytest-cov",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
