@@ -97,9 +97,9 @@ def tell_criteria_of_updates() -> None:
         if hasattr(criterion, "begin_update"):
             if self.is_fsdp:
                 raise ValueError(
-                    "--ddp-backend is fully_sharded; allowed with self-KD: legacy_ddp, pytorch_ddp, "
-                    "no_c10d, c10d. Each process has a part of the output projection there, and no "
-                    "table of all words"
+                    "--ddp-backend is fully_sharded; allowed with self-KD: legacy_ddp, "
+                    "pytorch_ddp, no_c10d, c10d. Each process has a part of the output projection "
+                    "there, and no table of all words"
                 )
             criterion.begin_update(
                 self.get_num_updates(), samples, self.cfg.checkpoint.save_dir, training_length(self)

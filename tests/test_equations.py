@@ -151,6 +151,24 @@ class TestTeacher:
             soft = teacher.soft_target(torch.tensor([0]), torch.tensor([3]), words)
             assert not soft.weights.requires_grad
 
+    @pytest.mark.parametrize("candidates", ["neighbors", "both"])
+    def test_the_neighbors_of_some_words_alone(self, candidates):
+        words, target = torch.tensor([3, 0]), torch.tensor([0, 3])
+        some, every = (SelfTeacher(candidates, 2, "euclidean", 1.0) for _ in range(2))
+        some.refresh(LINE, words)
+        every.refresh(LINE)
+        prediction = torch.tensor([3, 3])
+        ours, expected = (t.soft_target(target, prediction, LINE) for t in (some, every))
+        assert ours.ids.equal(expected.ids)
+        assert ours.weights.equal(expected.weights)
+        with pytest.raises(ValueError, match=r"^with the neighbours of some words .* a number$"):
+            SelfTeacher(candidates).refresh(LINE, words)
+
+    def test_bad_candidates_and_the_default_number(self):
+        with pytest.raises(ValueError, match=r"^candidates is 'past'; allowed: neighbors, pred"):
+            SelfTeacher("past")
+        assert SelfTeacher().top_k == 10
+
     def test_use_without_what_it_needs(self):
         with pytest.raises(RuntimeError, match="refresh"):
             SelfTeacher().soft_target(torch.tensor([0]))

@@ -8,6 +8,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from fairseq_skd import (
     SelfTeacher,
     SoftTarget,
+    loss,
     reference_loss,
     self_kd_cross_entropy,
     self_kd_linear_cross_entropy,
@@ -107,6 +108,21 @@ def test_the_gradient_that_a_sum_is_given(dtype, upstream):
     for mine, theirs in zip(found, gradients):
         assert mine.dtype == dtype
         assert_close(mine, theirs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 9])
+def test_logits_in_several_blocks(rows, monkeypatch):
+    features, embedding, target, soft, factors = inputs(9, 33, 4, 5)
+    expected, _, gradients = by_reference(features, embedding, target, soft, 0.1, 0.4, factors)
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", rows * 33 * 4)
+    logits = F.linear(features, embedding)
+    ours = self_kd_cross_entropy(logits, target, soft, 0.1, 0.4, position_weights=factors)
+    for mine, theirs in zip(ours[:4], expected[:4]):
+        assert_close(mine, theirs, 1e-5)
+    assert not ours.nll_loss.requires_grad
+    assert not ours.mass.requires_grad
+    for mine, theirs in zip(torch.autograd.grad(ours.loss.sum(), [features, embedding]), gradients):
+        assert_close(mine, theirs, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("complete", [True, False])
