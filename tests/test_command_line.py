@@ -173,6 +173,7 @@ def test_workers_equal_one_that_accumulates(corpus, tmp_path, workers):
 def test_epochs_of_one_batch_without_the_sentences_that_are_too_long(corpus, tmp_path, candidates):
     limits = ["--max-source-positions", 7, "--max-target-positions", 7]
     limits += ["--skip-invalid-size-inputs-valid-test", "--max-epoch", 12]
+    limits += ["--required-batch-size-multiple", 1]
     options = [*limits, "--max-tokens", 100_000, "--self-kd-candidates", candidates]
     log = train(corpus / "pair", tmp_path, *options)
     assert re.search(r"\d+ samples have invalid sizes and will be skipped", log)
