@@ -80,7 +80,7 @@ def _named_as_of(function: Any, module: str) -> Any:
 
 
 def tell_criteria_of_updates() -> None:
-    """Make fairseq's trainer tell a criterion of ours that an update begins.
+    """Make fairseq's trainer tell a criterion of ours that an update begins, and of what text.
 
     A criterion is told nothing, and counting its own calls would be wrong under ``--update-freq``,
     after a resume and for dummy batches. Most tasks call ``model.set_num_updates``, some never do
@@ -112,6 +112,7 @@ def tell_criteria_of_updates() -> None:
 
     @functools.wraps(get_train_iterator)
     def remembering(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.task.self_kd_train_subset = self.cfg.dataset.train_subset
         self.self_kd_iterator = get_train_iterator(self, *args, **kwargs)
         return self.self_kd_iterator
 
@@ -225,7 +226,7 @@ def target_side_words(task: Any) -> Optional[np.ndarray]:
     numpy.ndarray or None
         int64, ascending; None if it is not known.
     """
-    pairs = getattr(task, "datasets", {}).get("train")
+    pairs = _training_set(task)
     if not isinstance(pairs, LanguagePairDataset) or pairs.src_dict != pairs.tgt_dict:
         return None
     if len(utils.split_paths(getattr(task.cfg, "data", None) or "")) != 1:
@@ -238,6 +239,11 @@ def target_side_words(task: Any) -> Optional[np.ndarray]:
         for start in range(0, len(tokens), 2**24):  # 128 MiB as bincount's int64
             counts += np.bincount(tokens[start : start + 2**24], minlength=len(counts))
     return np.flatnonzero(counts)
+
+
+def _training_set(task: Any) -> Any:
+    # Which one it is only the trainer knows: see `tell_criteria_of_updates`.
+    return getattr(task, "datasets", {}).get(getattr(task, "self_kd_train_subset", "train"))
 
 
 def eligible_words(dictionary: Any, task: Any) -> Tuple[np.ndarray, bool]:
@@ -273,7 +279,7 @@ def text_layout(task: Any) -> TextLayout:
         If a sentence has no place of its own: another kind of data set, or one in shards, of which
         every epoch has another.
     """
-    dataset = getattr(task, "datasets", {}).get("train")
+    dataset = _training_set(task)
     data = getattr(getattr(task, "cfg", None), "data", None) or ""
     reason = None
     if isinstance(dataset, LanguagePairDataset):

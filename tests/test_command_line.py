@@ -183,6 +183,12 @@ def test_epochs_of_one_batch_without_the_sentences_that_are_too_long(corpus, tmp
     assert float(logged(log)[-1]["self_kd_mass"]) > 0
 
 
+def test_the_past_of_another_training_set(corpus, tmp_path):
+    subsets = ["--train-subset", "valid", "--valid-subset", "train", "--max-epoch", 6]
+    log = train(corpus / "pair", tmp_path, *subsets, "--self-kd-candidates", "past")
+    assert float(logged(log)[-1]["self_kd_mass"]) > 0
+
+
 def test_two_workers_share_the_past_also_if_one_has_no_batch_left(corpus, tmp_path):
     """An odd number of batches an epoch: at its end one worker has a dummy batch."""
     options = [
