@@ -21,7 +21,6 @@ COMBINATIONS = [
     ("3.11", "2.13.0"),
     ("3.12", "2.13.0"),
 ]
-PINNED = "2.13.0"  # in constraints.txt, for Python 3.11 and newer
 #: What the interpreter of a torch's Triton needs, in which tests/test_kernels.py runs.
 NUMPY = {"2.4.1": "numpy<2", "2.9.1": "numpy<2.4"}
 
@@ -31,9 +30,9 @@ NUMPY = {"2.4.1": "numpy<2", "2.9.1": "numpy<2.4"}
 def tests(session: nox.Session, torch: str) -> None:
     """Install one combination, run all tests, remove it."""
     lines = Path("constraints.txt").read_text().splitlines()
-    if torch != PINNED:
-        lines = [line for line in lines if not line.startswith(("torch==", "numpy=="))]
-        lines.append(NUMPY.get(torch, ""))
+    lines = [line for line in lines if not line.startswith("torch==")]
+    if torch in NUMPY:
+        lines = [line for line in lines if not line.startswith("numpy==")] + [NUMPY[torch]]
     pins = Path(session.create_tmp(), "constraints.txt")
     pins.write_text("\n".join(lines))
     if session.python in ("3.9", "3.10"):

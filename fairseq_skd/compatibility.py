@@ -1,6 +1,6 @@
 """What fairseq and torch do not offer, each with the reason and what would make it unnecessary.
 
-Tried with ve-fairseq 0.12.3 (torch 2.13) and fairseq 0.12.2 (torch 2.5).
+Tried with ve-fairseq 0.12.3 and fairseq 0.12.2, and with torch as docs/reliability.md says.
 """
 
 import argparse
@@ -98,8 +98,8 @@ def tell_criteria_of_updates() -> None:
             if self.is_fsdp:
                 raise ValueError(
                     "--ddp-backend is fully_sharded; allowed with self-KD: legacy_ddp, "
-                    "pytorch_ddp, no_c10d, c10d. Each process has a part of the output projection "
-                    "there, and no table of all words"
+                    "pytorch_ddp. Each process has a part of the output projection there, and no "
+                    "table of all words"
                 )
             criterion.begin_update(
                 self.get_num_updates(), samples, self.cfg.checkpoint.save_dir, training_length(self)

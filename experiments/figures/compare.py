@@ -80,10 +80,11 @@ def significance(runs: Sequence[Run], text: str) -> Iterator[Row]:
     systems = [(run.arm, _lines(run.folder / f"{text}.txt")) for run in runs]
     lower = "case:lc" in runs[0].evaluation.read_text(encoding="utf-8")
     metrics = {"BLEU": sacrebleu.BLEU(lowercase=lower), "chrF2": sacrebleu.CHRF(lowercase=lower)}
-    signatures, found = paired(systems, metrics, _lines(runs[0].folder / f"{text}.ref"))
+    references = _lines(runs[0].folder / f"{text}.ref")
+    signatures, found = paired(systems, metrics, references, tests=["bs"])
     for name in metrics:
         (baseline,), *others = found[name]
-        for run, (score, bootstrap, _) in zip(runs[1:], others):
+        for run, (score, bootstrap) in zip(runs[1:], others):
             difference = round(score - baseline, 2)
             signature = f"{name}|{signatures[name]}"
             yield _row(run, runs[0], f"{text} {name}", difference, round(bootstrap, 4), signature)

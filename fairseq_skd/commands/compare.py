@@ -12,7 +12,7 @@ from typing_extensions import Annotated
 from fairseq_skd.commands import CommandError, output
 from fairseq_skd.commands.output import AsCSV, AsJSON, Rows, Titled
 
-__all__ = ["SAMPLES", "compare", "paired", "read_generated", "student_interval"]
+__all__ = ["compare", "paired", "read_generated", "student_interval"]
 
 SAMPLES = 1000
 
@@ -206,34 +206,41 @@ def _check(one: Translation, references: List[str], where: Path, same: bool) -> 
 
 
 def paired(
-    systems: Sequence[Tuple[str, List[str]]], metrics: Dict[str, Any], references: List[str]
+    systems: Sequence[Tuple[str, List[str]]],
+    metrics: Dict[str, Any],
+    references: List[str],
+    tests: Sequence[str] = ("bs", "ar"),
 ) -> Tuple[Dict[str, str], Dict[str, List[Tuple[float, ...]]]]:
     """Compare systems with the first one by sacrebleu's paired tests.
+
+    Parameters
+    ----------
+    tests : sequence of {"bs", "ar"}
+        The paired bootstrap (Koehn 2004) and approximate randomisation, which takes ten times as
+        many trials.
 
     Returns
     -------
     signatures : dict
-        Of each metric, of the bootstrap.
+        Of each metric, of the first test.
     figures : dict
-        For each metric and system the score, p of the paired bootstrap (Koehn 2004) and p of
-        approximate randomisation; of the first system the score alone.
+        For each metric and system the score and p of each test; of the first system the score
+        alone.
     """
     if len(systems) == 1:
         ((_, hypotheses),) = systems
         scores = {name: m.corpus_score(hypotheses, [references]) for name, m in metrics.items()}
         alone = {name: str(metric.get_signature()) for name, metric in metrics.items()}
         return alone, {name: [(score.score,)] for name, score in scores.items()}
-    tests = [
-        PairedTest(list(systems), metrics, [references], kind, samples)()
-        for kind, samples in (("bs", SAMPLES), ("ar", 10 * SAMPLES))
-    ]
-    (signatures, bootstrap), (_, randomisation) = tests
+    trials = {"bs": SAMPLES, "ar": 10 * SAMPLES}
+    found = [PairedTest(list(systems), metrics, [references], t, trials[t])() for t in tests]
+    signatures = found[0][0]
     figures: Dict[str, List[Tuple[float, ...]]] = {}
     for name in metrics:
-        results: Any = zip(bootstrap[name], randomisation[name])
+        by_system: Any = zip(*(results[name] for _, results in found))
         figures[name] = [
-            (one.score, *((one.p_value, other.p_value) if place else ()))
-            for place, (one, other) in enumerate(results)
+            (one[0].score, *(test.p_value for test in one if place))
+            for place, one in enumerate(by_system)
         ]
     return {name: str(signatures[name]) for name in metrics}, figures
 
