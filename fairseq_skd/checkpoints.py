@@ -1,15 +1,30 @@
 """Read a fairseq checkpoint, and nothing that a checkpoint could do besides."""
 
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
+from torch.torch_version import TorchVersion
 
-__all__ = ["CheckpointError", "read_checkpoint"]
+__all__ = ["CheckpointError", "faults_of_the_loader", "read_checkpoint"]
+
+# Faults of torch's safe loader: the first version without, and what a file can do before it.
+_FAULTS = [
+    ("2.6", "CVE-2025-32434: a file can run code"),
+    ("2.10", "CVE-2026-24747: a file can damage memory, and perhaps run code"),
+]
 
 
 class CheckpointError(Exception):
     """A file is no checkpoint, or not the one that is needed; the message names it."""
+
+
+def faults_of_the_loader() -> List[str]:
+    """Return what is publicly known to be wrong with the safe loader of this torch.
+
+    Sources: the advisories GHSA-53q9-r3pm-6pq6 and GHSA-63cw-57p8-fm3p of pytorch/pytorch.
+    """
+    return [what for mended, what in _FAULTS if TorchVersion(torch.__version__) < mended]
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> Dict[str, Any]:

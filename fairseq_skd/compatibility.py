@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import re
 from platform import node
@@ -23,6 +24,7 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.trainer import Trainer
 from torch.torch_version import TorchVersion
 
+from fairseq_skd.checkpoints import faults_of_the_loader
 from fairseq_skd.past import TextLayout
 from fairseq_skd.schedule import TrainingLength
 
@@ -41,6 +43,8 @@ __all__ = [
     "wait_for_other_workers",
 ]
 
+logger = logging.getLogger(__name__)
+
 _FILLER = re.compile(r"madeupword\d{4,}")
 
 
@@ -49,8 +53,9 @@ def allow_fairseqs_checkpoints() -> None:
 
     An `argparse.Namespace` always, and with ``--eval-bleu`` the counts of n-grams as numpy arrays
     and scalars, which hold numbers alone. torch >= 2.6 loads with ``weights_only=True`` and
-    refuses classes that it does not know; an older one is told to do so too. Unnecessary once
-    fairseq passes ``weights_only`` itself or stops saving them.
+    refuses classes that it does not know; an older one is told to do so too. That one can be
+    tricked all the same, and whoever uses it is told. Unnecessary once fairseq passes
+    ``weights_only`` itself or stops saving them.
     """
     numbers = [np.int64(0), np.float64(0)]
     # Functions that numpy keeps under other names from version to version; an object knows its own.
@@ -62,6 +67,10 @@ def allow_fairseqs_checkpoints() -> None:
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     named: List[Any] = [(maker, module) for maker in makers for module in modules]
     if TorchVersion(torch.__version__) < "2.6":
+        logger.warning(
+            f"torch {torch.__version__} has no safe loader ({faults_of_the_loader()[0]}): load "
+            "checkpoints of people whom you trust, or use torch 2.10 or newer"
+        )
         # It loads whatever a file asks for, and knows a function by the name that it has.
         os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
         torch.serialization.add_safe_globals([_named_as_of(*each) for each in named])

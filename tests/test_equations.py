@@ -127,6 +127,14 @@ class TestTeacher:
         expected = [[1 - e1 - e4, e1, e4], [1 - e1, e1, 0], [1 - e1, e1, 0]]
         assert torch.allclose(soft.weights, torch.tensor(expected))
 
+    def test_cosine_sees_the_direction_of_a_prediction_alone(self):
+        words = torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 3.0]])
+        teacher = SelfTeacher("prediction", 10, "cosine", 1.0, max_mass=1.0)
+        teacher.refresh(words)
+        soft = teacher.soft_target(torch.tensor([0, 1]), torch.tensor([1, 2]), words)
+        expected = math.exp(-(2 - math.sqrt(2)))  # 45 degrees, twice
+        assert soft.weights[:, 1:].sum(1).tolist() == pytest.approx([expected] * 2)
+
     def test_the_distance_to_a_prediction_is_that_of_the_current_weights(self):
         teacher = SelfTeacher("prediction", 10, "euclidean", 1.0, max_mass=1.0)
         teacher.refresh(LINE)

@@ -12,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
+from fairseq_skd.checkpoints import faults_of_the_loader
+from fairseq_skd.commands.doctor import _loader
 from tests.conftest import PLUGIN, ROOT, TINY, command
+
+OLD_TORCH = TorchVersion(torch.__version__) < "2.6"
 
 
 class Evil:
@@ -34,12 +39,26 @@ def test_a_malicious_checkpoint_is_refused_by_fairseqs_commands(evil, corpus, tm
     """With the plugin, on every torch that is allowed: to translate, and to go on from."""
     plugin = ["--user-dir", PLUGIN, "--cpu"]
     generate = ["fairseq-generate", corpus / "pair", "--path", evil, *plugin]
-    assert "Weights only load failed" in command(*generate, status=1)
+    printed = command(*generate, status=1)
+    assert "Weights only load failed" in printed
+    assert ("has no safe loader (CVE-2025-32434" in printed) == OLD_TORCH
     training = ["fairseq-train", corpus / "pair", "--arch", "transformer", *TINY, *plugin]
     training += ["--criterion", "self_kd", "--optimizer", "adam", "--max-tokens", 99]
     training += ["--save-dir", tmp_path]  # where fairseq looks for checkpoint_last.pt
     assert "Weights only load failed" in command(*training, status=1)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "faults"),
+    [("2.4.1", 2), ("2.5.1+cu124", 2), ("2.9.1", 1), ("2.10.0", 0), ("2.13.0", 0)],
+)
+def test_a_torch_whose_safe_loader_has_a_fault_is_called_unsafe(version, faults, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert len(faults_of_the_loader()) == faults
+    assert _loader().startswith("UNSAFE with this torch: CVE-" if faults else "safe loader")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert _loader() == "UNSAFE: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set"
 
 
 def test_a_checkpoint_of_self_kd_loads_without_the_plugin(corpus, tmp_path):

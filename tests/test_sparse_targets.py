@@ -91,6 +91,7 @@ def test_any_sparse_target(shape, dtype, smoothing, weight):
     for mine, theirs in zip(closed[:4], expected[:4]):
         assert_close(mine, theirs, 1e-5)
     assert_close(closed.top.lprobs, lprobs.topk(k, 1).values, 1e-5)
+    assert_close(lprobs.gather(1, closed.top.ids), lprobs.topk(k, 1).values, 1e-5)
     for mine, theirs in zip(
         torch.autograd.grad(closed.loss.sum(), [features, embedding]), gradients
     ):
@@ -110,13 +111,15 @@ def test_the_gradient_that_a_sum_is_given(dtype, upstream):
         assert_close(mine, theirs, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("words", [5, 33])  # fewer than positions, and more
 @pytest.mark.parametrize("rows", [1, 4, 5, 9])
-def test_logits_in_several_blocks(rows, monkeypatch):
-    features, embedding, target, soft, factors = inputs(9, 33, 4, 5)
+def test_logits_in_several_blocks(rows, words, monkeypatch):
+    features, embedding, target, soft, factors = inputs(9, words, 4, 5)
     expected, _, gradients = by_reference(features, embedding, target, soft, 0.1, 0.4, factors)
-    monkeypatch.setattr(loss, "_BLOCK_BYTES", rows * 33 * 4)
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", rows * words * 4)
     logits = F.linear(features, embedding)
     ours = self_kd_cross_entropy(logits, target, soft, 0.1, 0.4, position_weights=factors)
+    assert ours.top is None
     for mine, theirs in zip(ours[:4], expected[:4]):
         assert_close(mine, theirs, 1e-5)
     assert not ours.nll_loss.requires_grad

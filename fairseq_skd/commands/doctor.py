@@ -8,6 +8,7 @@ from typing import Callable, Dict
 
 import torch
 
+from fairseq_skd.checkpoints import faults_of_the_loader
 from fairseq_skd.commands import CommandError, output
 from fairseq_skd.commands.output import AsCSV, AsJSON, Rows, Titled
 from fairseq_skd.self_check import LossCheckError, check_linear_loss, check_loss
@@ -50,8 +51,7 @@ def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
         )
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
-    loads = "safe loader" if _loads_safely() else "UNSAFE: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set"
-    rows.append({"what": "checkpoints", "found": loads})
+    rows.append({"what": "checkpoints", "found": _loader()})
     checks: Rows = []
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -63,10 +63,13 @@ def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
         raise CommandError(f"{len(wrong)} checks of the loss have failed: do not train here")
 
 
-def _loads_safely() -> bool:
+def _loader() -> str:
     # As torch reads it.
-    unsafe = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower()
-    return unsafe not in ("1", "y", "yes", "true")
+    switched_off = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower()
+    if switched_off in ("1", "y", "yes", "true"):
+        return "UNSAFE: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set"
+    faults = faults_of_the_loader()
+    return f"UNSAFE with this torch: {'; '.join(faults)}" if faults else "safe loader"
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> Rows:
