@@ -293,21 +293,9 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             self._past_predictions().write(sentences, width, top, self._updates_done())
         if alpha == 0:
             del result["self_kd_loss"], result["self_kd_mass"]
-        loss = result.pop("loss")
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         positions = target.ne(self.padding_idx).sum()
-        logging_output = {
-            "loss": loss.data,
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
-            "sample_size": sample_size,
-            "self_kd_weight": alpha * positions,
-            "self_kd_ntokens": positions,
-            **result,
-        }
-        if self.report_accuracy:
-            logging_output["total"] = positions
-        return loss, sample_size, logging_output
+        result.update(self_kd_weight=alpha * positions, self_kd_ntokens=positions)
+        return self._returned(sample, target, result)
 
     def _evaluate(
         self, model: Any, sample: Dict[str, Any], reduce: bool
@@ -323,6 +311,12 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         target = self._targets(model, net_output, sample)
         result, _ = self._linear_loss(net_output, target, 0.0, projection, None)
         del result["self_kd_loss"], result["self_kd_mass"]
+        return self._returned(sample, target, result)
+
+    def _returned(
+        self, sample: Dict[str, Any], target: Tensor, result: Dict[str, Tensor]
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Return what fairseq wants of a criterion: loss, sample size and what is logged."""
         loss = result.pop("loss")
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {

@@ -75,6 +75,7 @@ def test_any_sparse_target(shape, dtype, smoothing, weight):
             pairs = list(zip(ours, expected))[: 4 if weight else 2]
             for mine, theirs in pairs:
                 assert_close(mine, theirs if reduction == "none" else theirs.sum(), loose)
+            assert not any(x.requires_grad for x in (*ours[1:5], *ours.top))
             correct = lprobs.argmax(1).eq(target).to(ours.loss)
             assert ours.correct.equal(correct if reduction == "none" else correct.sum())
             top, found = lprobs.topk(k, 1).values[kept], lprobs.gather(1, ours.top.ids)[kept]
@@ -283,6 +284,30 @@ def test_minus_100_is_ignored_by_default_also_with_a_soft_target():
     assert_close(self_kd_cross_entropy(logits, target).loss.sum(), expected, 1e-6)
     with_soft = self_kd_cross_entropy(logits, target, soft, 0.0, 0.5).loss
     assert not with_soft[target == -100].any()
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "dim", "blocks"),
+    [
+        ("cpu", 10_152, 2, [608, 608, 284]),  # 24 MiB of logits
+        ("cpu", 300_000, 1, [160, 40]),
+        ("meta", 32_768, 8, [4096, 904]),  # as on a GPU: 512 MiB
+        ("meta", 128_256, 4096, [2048, 2048, 904]),  # half of W's gradient in float32
+    ],
+)
+def test_positions_of_a_block(device, words, dim, blocks, monkeypatch):
+    features = torch.zeros(sum(blocks), dim, device=device)
+    target = torch.zeros(sum(blocks), dtype=torch.long, device=device)
+    positions = []
+    original = torch.mm
+
+    def counted(*arguments, **options):
+        positions.append(arguments[1].size(1))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    self_kd_linear_cross_entropy(features, torch.zeros(words, dim, device=device), target)
+    assert positions == blocks
 
 
 def test_without_gradients_there_is_one_product(monkeypatch):
