@@ -44,7 +44,7 @@ class Neighbors(NamedTuple):
     distances: Tensor
 
 
-def embedding_space(embedding: Tensor, similarity: str = "euclidean") -> Tensor:
+def embedding_space(embedding: Tensor, similarity: str) -> Tensor:
     """Return the float32 vectors between which distances are measured, without gradient.
 
     Parameters

@@ -71,6 +71,7 @@ class TestNeighborsByHand:
         )
         assert automatic_sigma(table, torch.tensor([0, 1]), scale=2.0).item() == 5.0
         assert automatic_sigma(table).item() == pytest.approx(20.0)
+        assert automatic_sigma(table, scale=0.01).item() == pytest.approx(0.2)
 
 
 class TestSoftTargetByHand:
@@ -106,6 +107,22 @@ class TestSoftTargetByHand:
 
 
 class TestTeacher:
+    @pytest.mark.parametrize("similarity", ["euclidean", "cosine"])
+    def test_neighbors_by_their_parts(self, similarity):
+        """Each setting reaches the function that it is for."""
+        words = torch.randn(30, 3, generator=torch.Generator().manual_seed(1))
+        eligible, target = torch.arange(4, 20), torch.arange(30)
+        teacher = SelfTeacher(
+            "neighbors", 3, similarity, sigma_scale=0.7, max_mass=0.4, eligible=eligible
+        )
+        teacher.refresh(words)
+        ours = teacher.soft_target(target)
+        table = nearest_neighbors(words, 3, eligible, similarity)
+        sigma = automatic_sigma(table, eligible, 0.7)
+        expected = soft_target(target, *table, sigma, 0.4)
+        assert ours.ids.equal(expected.ids)
+        assert ours.weights.equal(expected.weights)
+
     def test_prediction(self):
         teacher = SelfTeacher(
             "prediction", 10, "euclidean", 1.0, max_mass=1.0, eligible=torch.tensor([0, 1, 2])
@@ -172,18 +189,20 @@ class TestTeacher:
         with pytest.raises(ValueError, match=r"^with the neighbours of some words .* a number$"):
             SelfTeacher(candidates).refresh(LINE, words)
 
-    def test_bad_candidates_and_the_default_number(self):
+    def test_bad_candidates_and_the_defaults(self):
         with pytest.raises(ValueError, match=r"^candidates is 'past'; allowed: neighbors, pred"):
             SelfTeacher("past")
-        assert SelfTeacher().top_k == 10
+        defaults = SelfTeacher()
+        assert (defaults.top_k, defaults.sigma_scale, defaults.max_mass) == (10, 0.5, 0.5)
 
     def test_use_without_what_it_needs(self):
         with pytest.raises(RuntimeError, match="refresh"):
             SelfTeacher().soft_target(torch.tensor([0]))
         teacher = SelfTeacher("both", top_k=1)
         teacher.refresh(LINE)
-        with pytest.raises(ValueError, match="prediction"):
-            teacher.soft_target(torch.tensor([0]))
+        for some in ((), (torch.tensor([1]),), (None, LINE)):
+            with pytest.raises(ValueError, match="need prediction and embedding"):
+                teacher.soft_target(torch.tensor([0]), *some)
 
 
 class TestReferenceLossByHand:

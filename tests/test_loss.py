@@ -264,8 +264,11 @@ def test_what_is_missing_or_unsupported_is_said():
         )
     with pytest.raises(ValueError, match=r"target has shape \(9,\); \(10,\) is needed"):
         self_kd_cross_entropy(world.logits(), world.target[:9])
+    nine = {"position_weights": torch.ones(9)}
     with pytest.raises(ValueError, match=r"position_weights has shape \(9,\); \(10,\) is needed"):
-        self_kd_cross_entropy(world.logits(), world.target, position_weights=torch.ones(9))
+        self_kd_cross_entropy(world.logits(), world.target, **nine)
+    with pytest.raises(ValueError, match=r"position_weights has shape \(9,\); \(10,\) is needed"):
+        self_kd_linear_cross_entropy(world.features, world.embedding, world.target, **nine)
     soft = SoftTarget(torch.zeros(10, 2, dtype=torch.long), torch.zeros(10, 3))
     with pytest.raises(ValueError, match=r"soft_target.weights has shape \(10, 3\); \(10, 2\)"):
         self_kd_linear_cross_entropy(world.features, world.embedding, world.target, soft)

@@ -112,6 +112,28 @@ def test_the_gradient_that_a_sum_is_given(dtype, upstream):
         assert_close(mine, theirs, TOLERANCE[dtype])
 
 
+def test_what_is_not_asked_for_is_not_looked_at():
+    """The first choice, the top words; with weight 0 the soft target."""
+    features, embedding, target, soft, _ = inputs(9, 33, 4, 5)
+    expected = self_kd_linear_cross_entropy(features, embedding, target)
+    assert expected.correct is None
+    assert expected.top is None
+    no_words = soft._replace(ids=soft.ids + 33)
+    for unused in (SelfTeacher(), no_words):  # not refreshed; not the words of this table
+        ours = self_kd_linear_cross_entropy(features, embedding, target, unused)
+        assert ours.loss.equal(expected.loss)
+
+
+def test_of_impossible_words_the_largest_logits_are_words():
+    """Fewer words are possible than are asked for, and the last group of 32 has two words."""
+    embedding = torch.full((34, 1), float("-inf"))
+    embedding[5] = 0.5
+    ours = self_kd_linear_cross_entropy(torch.ones(2, 1), embedding, torch.tensor([5, 5]), top_k=4)
+    assert ours.top.ids[:, 0].tolist() == [5, 5]
+    assert ours.top.ids.max() < 34
+    assert ours.top.lprobs.tolist() == [[0.0, *[float("-inf")] * 3]] * 2
+
+
 @pytest.mark.parametrize("words", [5, 33])  # fewer than positions, and more
 @pytest.mark.parametrize("rows", [1, 4, 5, 9])
 def test_logits_in_several_blocks(rows, words, monkeypatch):
@@ -287,15 +309,16 @@ def test_minus_100_is_ignored_by_default_also_with_a_soft_target():
 
 
 @pytest.mark.parametrize(
-    ("device", "words", "dim", "blocks"),
+    ("device", "words", "dim", "block_bytes", "blocks"),
     [
-        ("cpu", 10_152, 2, [608, 608, 284]),  # 24 MiB of logits
-        ("cpu", 300_000, 1, [160, 40]),
-        ("meta", 32_768, 8, [4096, 904]),  # as on a GPU: 512 MiB
-        ("meta", 128_256, 4096, [2048, 2048, 904]),  # half of W's gradient in float32
+        ("cpu", 33, 2, 4 * 33 * 5, [5, 5, 2]),
+        ("cpu", 10_152, 2, None, [608, 608, 284]),  # 24 MiB of logits
+        ("cpu", 300_000, 1, None, [160, 40]),
+        ("meta", 32_768, 8, None, [4096, 904]),  # as on a GPU: 512 MiB
+        ("meta", 128_256, 4096, None, [2048, 2048, 904]),  # half of W's gradient in float32
     ],
 )
-def test_positions_of_a_block(device, words, dim, blocks, monkeypatch):
+def test_positions_of_a_block(device, words, dim, block_bytes, blocks, monkeypatch):
     features = torch.zeros(sum(blocks), dim, device=device)
     target = torch.zeros(sum(blocks), dtype=torch.long, device=device)
     positions = []
@@ -306,7 +329,8 @@ def test_positions_of_a_block(device, words, dim, blocks, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(torch, "mm", counted)
-    self_kd_linear_cross_entropy(features, torch.zeros(words, dim, device=device), target)
+    embedding = torch.zeros(words, dim, device=device)
+    self_kd_linear_cross_entropy(features, embedding, target, block_bytes=block_bytes)
     assert positions == blocks
 
 
