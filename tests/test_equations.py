@@ -196,7 +196,7 @@ class TestTeacher:
         assert (defaults.top_k, defaults.sigma_scale, defaults.max_mass) == (10, 0.5, 0.5)
 
     def test_use_without_what_it_needs(self):
-        with pytest.raises(RuntimeError, match="refresh"):
+        with pytest.raises(RuntimeError, match=r"^call refresh\(embedding\) before soft_target$"):
             SelfTeacher().soft_target(torch.tensor([0]))
         teacher = SelfTeacher("both", top_k=1)
         teacher.refresh(LINE)

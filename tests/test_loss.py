@@ -256,7 +256,7 @@ def test_what_is_missing_or_unsupported_is_said():
         self_kd_cross_entropy(world.logits(), world.target, weight=0.5)
     with pytest.raises(ValueError, match="no soft target"):
         self_kd_linear_cross_entropy(world.features, world.embedding, world.target, weight=0.5)
-    with pytest.raises(ValueError, match="both must be the same"):
+    with pytest.raises(ValueError, match=r"without autocast both must be the same$"):
         self_kd_linear_cross_entropy(world.features.half(), world.embedding, world.target)
     with pytest.raises(ValueError, match="reduction is 'mean'; allowed: sum, none"):
         self_kd_linear_cross_entropy(
@@ -265,12 +265,25 @@ def test_what_is_missing_or_unsupported_is_said():
     with pytest.raises(ValueError, match=r"target has shape \(9,\); \(10,\) is needed"):
         self_kd_cross_entropy(world.logits(), world.target[:9])
     nine = {"position_weights": torch.ones(9)}
-    with pytest.raises(ValueError, match=r"position_weights has shape \(9,\); \(10,\) is needed"):
+    with pytest.raises(ValueError, match=r"^position_weights has shape \(9,\); \(10,\) is needed"):
         self_kd_cross_entropy(world.logits(), world.target, **nine)
-    with pytest.raises(ValueError, match=r"position_weights has shape \(9,\); \(10,\) is needed"):
+    with pytest.raises(ValueError, match=r"^position_weights has shape \(9,\); \(10,\) is needed"):
         self_kd_linear_cross_entropy(world.features, world.embedding, world.target, **nine)
-    soft = SoftTarget(torch.zeros(10, 2, dtype=torch.long), torch.zeros(10, 3))
-    with pytest.raises(ValueError, match=r"soft_target.weights has shape \(10, 3\); \(10, 2\)"):
+    ids = torch.zeros(10, 2, dtype=torch.long)
+    for soft, said in (
+        (
+            SoftTarget(ids[:9], torch.zeros(10, 2)),
+            r"^soft_target.ids has shape \(9, 2\); \(10, 2\)",
+        ),
+        (
+            SoftTarget(ids, torch.zeros(10, 2), torch.zeros(9)),
+            r"^soft_target.share has shape \(9,\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            self_kd_cross_entropy(world.logits(), world.target, soft)
+    soft = SoftTarget(ids, torch.zeros(10, 3))
+    with pytest.raises(ValueError, match=r"^soft_target.weights has shape \(10, 3\); \(10, 2\)"):
         self_kd_linear_cross_entropy(world.features, world.embedding, world.target, soft)
 
 
