@@ -213,6 +213,12 @@ class TestReferenceLossByHand:
         expected = -(0.7 * math.log(0.2) + 0.1 * (math.log(0.1) + math.log(0.3) + math.log(0.4)))
         assert loss == pytest.approx(expected)
 
+    def test_by_itself_it_is_the_cross_entropy(self):
+        losses = reference_loss(self.LPROBS, torch.tensor([1]))
+        assert losses.loss.item() == pytest.approx(-math.log(0.2))
+        soft = soft_target(torch.tensor([1]), torch.tensor([[3]]), torch.tensor([[1.0]]), sigma=1.0)
+        assert reference_loss(self.LPROBS, torch.tensor([1]), soft).loss.equal(losses.loss)
+
     def test_the_mixture(self):
         soft = soft_target(torch.tensor([1]), torch.tensor([[3]]), torch.tensor([[1.0]]), sigma=1.0)
         losses = reference_loss(self.LPROBS, torch.tensor([1]), soft, 0.0, weight=0.25)

@@ -437,6 +437,22 @@ def test_what_float16_cannot_hold_becomes_infinite():
                 ).loss
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_float16_keeps_small_gradients(reduction):
+    """Of words that get a ten-millionth, of which float16 has two digits: by a loss scale."""
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.randint(-64, 64, (500, 2), generator=generator) / 64
+    embedding[0] = torch.tensor([16.0, 0.0])
+    features, target = torch.tensor([[1.0, 0.5]] * 3), torch.zeros(3, dtype=torch.long)
+    found = []
+    for dtype in (torch.float16, torch.float64):  # logits are multiples of 1/128: exact in both
+        inputs_of = [x.to(dtype).requires_grad_() for x in (features, embedding)]
+        losses = self_kd_linear_cross_entropy(*inputs_of, target, reduction=reduction)
+        found.append(torch.autograd.grad(losses.loss.sum() * 2**14, inputs_of))
+    for mine, theirs in zip(*found):
+        assert torch.allclose(mine.double(), theirs, rtol=2e-3, atol=0)
+
+
 def test_float16_keeps_positions_with_very_different_weights():
     features, embedding, target, soft, _ = inputs(8, 40, 4, 3, torch.float16)
     factors = torch.tensor([1e-6, 3e4, 1.0, 0.0, 5.0, 1e-3, 2.0, 100.0])
@@ -476,9 +492,10 @@ def test_what_is_learnt_by_heart_is_as_exact_as_in_pytorch(scale):
     check_loss(logits, target, None, 0.0, 0.0, -100)
 
 
-def test_ids_that_are_no_words_are_an_error():
+@pytest.mark.parametrize("bad", [33, 40])  # within the last group of words, but beyond the last one
+def test_ids_that_are_no_words_are_an_error(bad):
     features, embedding, target, soft, _ = inputs(10, 33, 4, 3)
-    soft.ids[1, 1] = 40  # within the last group of words, but beyond the last one
+    soft.ids[1, 1] = bad
     for call in (
         lambda: self_kd_linear_cross_entropy(features, embedding, target, soft, 0.1, 0.5),
         lambda: self_kd_cross_entropy(features @ embedding.t(), target, soft, 0.1, 0.5),
