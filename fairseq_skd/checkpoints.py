@@ -1,4 +1,4 @@
-"""Read a fairseq checkpoint, and nothing that a checkpoint could do besides."""
+"""Read a fairseq checkpoint by torch's safe loader, and say how safe that is."""
 
 from pathlib import Path
 from typing import Any, Dict, List

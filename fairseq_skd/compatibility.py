@@ -69,7 +69,7 @@ def allow_fairseqs_checkpoints() -> None:
     if TorchVersion(torch.__version__) < "2.6":
         logger.warning(
             f"torch {torch.__version__} has no safe loader ({faults_of_the_loader()[0]}): load "
-            "checkpoints of people whom you trust, or use torch 2.10 or newer"
+            "checkpoints of people whom you trust, or use torch 2.10 or newer (Python 3.10 on)"
         )
         # It loads whatever a file asks for, and knows a function by the name that it has.
         os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")

@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 from fairseq_skd.checkpoints import faults_of_the_loader
 from fairseq_skd.commands.doctor import _loader
+from fairseq_skd.compatibility import allow_fairseqs_checkpoints
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
 OLD_TORCH = TorchVersion(torch.__version__) < "2.6"
@@ -51,14 +52,24 @@ def test_a_malicious_checkpoint_is_refused_by_fairseqs_commands(evil, corpus, tm
 
 @pytest.mark.parametrize(
     ("version", "faults"),
-    [("2.4.1", 2), ("2.5.1+cu124", 2), ("2.9.1", 1), ("2.10.0", 0), ("2.13.0", 0)],
+    [("2.4.1", 2), ("2.5.1+cu124", 2), ("2.6.0", 1), ("2.9.1", 1), ("2.10.0", 0), ("2.13.0", 0)],
 )
 def test_a_torch_whose_safe_loader_has_a_fault_is_called_unsafe(version, faults, monkeypatch):
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", raising=False)
     monkeypatch.setattr(torch, "__version__", version)
     assert len(faults_of_the_loader()) == faults
-    assert _loader().startswith("UNSAFE with this torch: CVE-" if faults else "safe loader")
+    assert _loader().startswith("UNSAFE: CVE-" if faults else "safe loader")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    assert _loader() == "UNSAFE: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set"
+    assert _loader().count("CVE-") == faults
+    assert _loader().endswith("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, for fairseq's commands")
+
+
+def test_with_an_old_torch_a_line_says_that_it_is_not_safe(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    monkeypatch.setattr(torch.serialization, "add_safe_globals", lambda classes: None)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    allow_fairseqs_checkpoints()
+    assert "torch 2.5.1 has no safe loader (CVE-2025-32434" in caplog.text
 
 
 def test_a_checkpoint_of_self_kd_loads_without_the_plugin(corpus, tmp_path):

@@ -64,12 +64,12 @@ def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
 
 
 def _loader() -> str:
-    # As torch reads it.
+    wrong = faults_of_the_loader()
+    # As torch reads it; the commands here ask for the safe loader whatever it says.
     switched_off = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower()
     if switched_off in ("1", "y", "yes", "true"):
-        return "UNSAFE: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set"
-    faults = faults_of_the_loader()
-    return f"UNSAFE with this torch: {'; '.join(faults)}" if faults else "safe loader"
+        wrong.append("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, for fairseq's commands")
+    return f"UNSAFE: {'; '.join(wrong)}" if wrong else "safe loader"
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> Rows:
