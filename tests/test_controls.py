@@ -11,6 +11,7 @@ from experiments.runner import branch
 from fairseq_skd.compatibility import ordinary_words
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
+from fairseq_skd.soft_targets import SelfTeacher
 from tests.conftest import PLUGIN, ROOT, TINY, command
 
 CONTROLS = ROOT / "experiments" / "self_kd_controls"
@@ -66,6 +67,31 @@ def test_random_words_get_the_masses_of_the_nearest(tables):
     assert torch.isin(far.ids[:, 1:], eligible).all()
     assert (far.ids[:, 1:] == near.ids[:, 1:]).float().mean() < 0.5
     assert loss != other_loss
+
+
+def test_words_of_the_unigram_control(build, train_step):
+    """As often as they stand in the training text, with the masses of the nearest ones together."""
+    built = build(*TRAINED, "--criterion", "self_kd_unigram")
+    torch.manual_seed(1)
+    train_step(built, built.samples[0])
+    teacher, dictionary = teacher_of(built), built.task.target_dictionary
+    target = built.samples[0]["target"].flatten()
+    target = target[target != dictionary.pad()].repeat(200)
+    ids, weights, _ = teacher.soft_target(target)
+    near = SelfTeacher.soft_target(teacher, target)
+    assert (ids[:, 0] == target).all()
+    torch.testing.assert_close(weights[:, 0], near.weights[:, 0], rtol=0, atol=0)
+    masses = near.weights[:, 1:].sum(1, keepdim=True)
+    torch.testing.assert_close(weights[:, 1:], (masses / 4).expand(-1, 4))
+    eligible = torch.from_numpy(ordinary_words(dictionary))
+    counts = torch.tensor(dictionary.count, dtype=torch.float)[eligible]
+    assert torch.isin(ids[:, 1:], eligible).all()
+    shares = torch.bincount(ids[:, 1:].flatten(), minlength=len(dictionary))[eligible]
+    # Binomial: five standard deviations of a share.
+    expected = counts / counts.sum()
+    drawn = ids[:, 1:].numel()
+    bound = 5 * (expected * (1 - expected) / drawn).sqrt()
+    assert ((shares / drawn - expected).abs() <= bound).all()
 
 
 def test_random_words_are_those_of_their_seed(tables):

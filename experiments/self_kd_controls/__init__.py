@@ -5,6 +5,8 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 ``self_kd``.
 
 - ``self_kd_random``: the masses of the nearest neighbours go to words drawn at random.
+- ``self_kd_unigram``: the same masses go to words drawn anew for every position, as often as they
+  stand in the training text: on average a unigram prior.
 - ``self_kd_uniform``: the same mass goes to all words alike.
 - ``self_kd_other_table``: the neighbours are those of another model's table, and stay the same.
 - ``self_kd_frozen``: the neighbours are those before any training.
@@ -57,6 +59,32 @@ class RandomTeacher(SelfTeacher):
         own = words[drawn] == ids[:, :1].cpu()
         drawn = words[(drawn + own.long()) % len(words)]
         self._table = SoftTarget(torch.cat([ids[:, :1], drawn.to(ids.device)], 1), weights)
+
+
+class UnigramTeacher(SelfTeacher):
+    """Words drawn anew for every position, by their `counts` (V), share the mass of neighbours.
+
+    On average the target is mixed with the unigram distribution of the training text, as much as
+    `SelfTeacher` gives to the neighbours.
+    """
+
+    counts: Tensor
+
+    def soft_target(
+        self,
+        target: Tensor,
+        prediction: Optional[Tensor] = None,
+        embedding: Optional[Tensor] = None,
+    ) -> SoftTarget:
+        """Return the target, and k words that are drawn with replacement; each gets m / k."""
+        ids, weights, _ = super().soft_target(target, prediction, embedding)
+        others = weights[:, 1:]
+        drawn = torch.multinomial(self.counts, others.numel(), replacement=True)
+        shares = others.mean(1, keepdim=True).expand_as(others)
+        return SoftTarget(
+            torch.cat([ids[:, :1], drawn.view_as(others)], 1),
+            torch.cat([weights[:, :1], shares], 1),
+        )
 
 
 class RankTeacher(SelfTeacher):
@@ -233,6 +261,21 @@ class RandomCriterion(SelfKDCriterion):
     def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
         teacher = super()._new_teacher(projection)
         teacher.seed = self._seed
+        return teacher
+
+
+@register_criterion("self_kd_unigram", dataclass=SelfKDCriterionConfig)
+class UnigramCriterion(SelfKDCriterion):
+    """The masses go to words as often as they stand in the training text."""
+
+    teacher_class = UnigramTeacher
+
+    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
+        teacher = super()._new_teacher(projection)
+        counts = torch.tensor(self.task.target_dictionary.count, dtype=torch.float)
+        # Those that may be a neighbour: no padding, no word that fairseq has added.
+        teacher.counts = torch.zeros(len(counts), device=projection.weight.device)
+        teacher.counts[teacher.eligible] = counts.to(projection.weight.device)[teacher.eligible]
         return teacher
 
 
