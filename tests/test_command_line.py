@@ -80,7 +80,7 @@ def test_training_says_what_it_does(translation):
 def test_generate_interactive_and_validate(translation, corpus):
     folder, _ = translation
     model = ["--path", folder / "checkpoint_best.pt", "--user-dir", PLUGIN, "--cpu"]
-    # See BATCHES in examples/quickstart/run.py.
+    # See BATCHES in examples/quickstart/arms.py.
     every = ["--required-batch-size-multiple", 1, "--scoring", "sacrebleu"]
     output = command("fairseq-generate", corpus / "pair", *model, *every)
     assert len(re.findall(r"^H-", output, re.MULTILINE)) == 12
@@ -374,7 +374,7 @@ def quickstart(*arguments):
 
 
 def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
-    """From a file of pairs to the table; a second time nothing is repeated."""
+    """From a file of pairs to both tables; a second time nothing is repeated."""
     pairs = tmp_path / "pairs.tsv"
     source = (corpus / "train.src").read_text().splitlines()
     target = (corpus / "train.tgt").read_text().splitlines()
@@ -386,17 +386,25 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     arguments = ["--pairs", pairs, "--langs", "xx-yy", "--out", tmp_path / "out"]
     arguments += ["--updates", 50, "--max-tokens", 200]
     output = quickstart(*arguments)
-    assert "label smoothing update    50 of 50" in output
-    assert "self-KD         update    50 of 50" in output
+    # Of the language model and of the translation.
+    assert output.count("label smoothing update    50 of 50") == 2
+    assert output.count("self-KD         update    50 of 50") == 2
+    assert re.search(r"label smoothing +│ +\d+\.\d\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
     assert re.search(r"label smoothing +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
     assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in output
     assert len(re.findall(r"^self-KD: ", output, re.MULTILINE)) == 3
     assert (tmp_path / "out" / "quickstart.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results) == {"label smoothing", "self-KD", "signature", "p_value"}
+    assert set(results["translation"]) == {"label smoothing", "self-KD", "signature", "p_value"}
+    baseline, ours = (results["language model"][arm] for arm in ("label smoothing", "self-KD"))
+    change = 100 * (ours["test_ppl"] / baseline["test_ppl"] - 1)
+    assert f"self-KD: {change:+.1f} % against label smoothing. One seed." in output
     again = quickstart(*arguments)
-    assert "Training" not in again
+    for title in ("Corpus:", "Vocabulary:", "Language model with", "Translation with"):
+        assert title in output
+        assert title not in again
     assert "$ fairseq" not in again
+    assert output[output.index("xx, language") :].split("\n\n")[0] in again
     assert output[output.index("xx-yy, ") :].split("Done")[0] in again
 
 

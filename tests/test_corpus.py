@@ -49,6 +49,14 @@ def test_clean():
     assert text.clean(bad[:-1] + good + bad[-1:]) == [("a good pair", "ein gutes Paar"), good[1]]
 
 
+def test_words_and_signs_of_the_language_model():
+    assert text.tokens("Press  Ctrl+O, (don't)!") == (
+        ["Press", "Ctrl", "+", "O", ",", "(", "don", "'", "t", ")", "!"]
+    )
+    # Vowel signs stay in their word; without spaces a letter is a word.
+    assert text.tokens("हिन्दी में 打开 a") == ["हिन्दी", "में", "打", "开", "a"]
+
+
 def test_no_held_out_sentence_is_in_train_on_either_side():
     pairs = [(f"Sentence {i}.", f"Satz {i}.") for i in range(200)]
     pairs += [(f"sentence, {i}!", f"anderer Satz {i}") for i in range(200)]

@@ -167,6 +167,17 @@ def words(text: str) -> float:
     return len(_WITHOUT_SPACES.sub(" ", text).split()) + joined / 2
 
 
+def tokens(text: str) -> List[str]:
+    """Return a text's words and signs; where a script has no spaces between words, its letters."""
+    apart = (
+        f" {character} "
+        if unicodedata.category(character)[0] in "PS" or _WITHOUT_SPACES.match(character)
+        else character
+        for character in text
+    )
+    return "".join(apart).split()
+
+
 def _is_letter(character: str) -> bool:
     # Vowel signs (of Hindi, say) are marks, of which str.isalpha knows nothing.
     return unicodedata.category(character)[0] in "LM"
