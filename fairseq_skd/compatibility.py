@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from platform import node
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ __all__ = [
     "allow_fairseqs_checkpoints",
     "do_without_the_fused_encoder_layer",
     "eligible_words",
-    "machine_name",
+    "machine",
     "ordinary_words",
     "remember_words_from_files",
     "target_side_words",
@@ -315,16 +315,29 @@ def text_layout(task: Any) -> TextLayout:
     return TextLayout(np.asarray(lengths, dtype=np.int64), digest.hexdigest())
 
 
-def machine_name() -> str:
-    """Return this machine's name if the run is on several machines, "" if it is on one.
+class Machine(NamedTuple):
+    """Where a process of a run is.
 
-    To be called by all processes of a distributed run at once.
+    Attributes
+    ----------
+    name : str
+        The machine's, if the run is on several; "" if it is on one.
+    first : bool
+        Whether the process is the first one of the run on this machine.
     """
+
+    name: str
+    first: bool
+
+
+def machine() -> Machine:
+    """Return where this process is; to be called by all processes of a distributed run at once."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ""
+        return Machine("", True)
     names: List[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, node())
-    return node() if len(set(names)) > 1 else ""
+    first = names.index(node()) == torch.distributed.get_rank()
+    return Machine(node() if len(set(names)) > 1 else "", first)
 
 
 def wait_for_other_workers() -> None:

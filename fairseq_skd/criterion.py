@@ -538,9 +538,9 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 raise RuntimeError(
                     "self_kd does not know the folder of the run; pass --self-kd-past-file"
                 )
-            machine = compatibility.machine_name()
+            machine = compatibility.machine()
             # A network's file system would not keep the memory of two machines the same.
-            name = f"self_kd_past.{machine}.bin" if machine else "self_kd_past.bin"
+            name = f"self_kd_past.{machine.name}.bin" if machine.name else "self_kd_past.bin"
             self._past = PastPredictions(
                 Path(path or Path(self._save_dir or "", name)),
                 compatibility.text_layout(self.task),
@@ -548,6 +548,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 self._updates_done(),
                 self.ignore_prefix_size,
                 lambda line: logger.info(f"self_kd: {line}"),
+                machine.first,
             )
             atexit.register(self._past.flush)  # what is still being copied from a GPU
             # None writes before all have dropped what is of no use.

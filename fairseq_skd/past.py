@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -85,11 +85,14 @@ class PastPredictions:
         So many positions at the beginning of every sentence are left out of all batches.
     say : callable
         Is told, in a line, what was found or made.
+    guards : bool
+        Whether this process keeps the file from other runs as long as it lives: one of the
+        processes of a run on a machine has to.
 
     Raises
     ------
     PastError
-        If there is no room for the file, or no permission.
+        If there is no room for the file, no permission, or another run uses it.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class PastPredictions:
         num_updates: int = 0,
         skip: int = 0,
         say: Callable[[str], None] = lambda line: None,
+        guards: bool = True,
     ) -> None:
         self.path = path
         self.top_k = top_k
@@ -116,12 +120,15 @@ class PastPredictions:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path):
+                if guards and path.is_file():
+                    _guarded(path).close()  # before anything in it is changed
                 if _head_of(path) == head and path.stat().st_size == total:
                     say(f"going on with {path}")
                 else:
                     say(self._make(path, head, total))
                 places = self._map(path, sizes, positions)
                 self._updates, self._ids, self._probabilities = places
+                self._guard = _guarded(path) if guards else None
                 lost = self._updates > num_updates
                 if lost.any():
                     self._updates[lost] = 0
@@ -305,6 +312,24 @@ def _head_of(path: Path) -> Optional[Dict[str, object]]:
             "takes another place"
         )
     return head
+
+
+def _guarded(path: Path) -> BinaryIO:
+    """Keep other processes from guarding the file until it is closed here, wherever it was opened.
+
+    A lock of the process and not of the open file: workers that load data inherit the latter, and
+    would keep it for seconds after a kill of the training, which could not go on at once.
+    """
+    file = path.open("r+b")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # which one depends on the system
+        file.close()
+        raise PastError(
+            f"{path} is used by another training now, and both would learn from each other's "
+            "predictions; --self-kd-past-file takes another place (by default it is in --save-dir)"
+        ) from error
+    return file
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +121,47 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     past = PastPredictions(tmp_path / "past", LAYOUT, 2)
     with pytest.raises(PastError, match="has 5 positions a sentence, and its longest one 4 in"):
         past.read(np.array([2]), 5, 9)
+
+
+IN_USE = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fairseq_skd.past import PastError, PastPredictions, TextLayout
+
+layout = TextLayout(np.array([3, 1, 4, 0, 2]), sys.argv[2])
+try:
+    past = PastPredictions(Path(sys.argv[1]), layout, 2, guards=sys.argv[3] == "True")
+except PastError as error:
+    sys.exit(str(error))
+print(flush=True)
+sys.stdin.read()  # as long as the test wants
+"""
+
+
+def test_two_trainings_cannot_have_one_file(tmp_path):
+    path, text = tmp_path / "past", LAYOUT.fingerprint
+    command = [sys.executable, "-c", IN_USE, str(path)]
+
+    def opened(text, guards):
+        return subprocess.run([*command, text, guards], capture_output=True, text=True, input="")
+
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, text, "True"], **pipes) as training:
+        training.stdout.readline()
+        content = path.read_bytes()
+        for other_text in (text, "another text"):
+            refused = opened(other_text, "True")
+            assert refused.returncode == 1
+            assert f"{path} is used by another training now" in refused.stderr
+            assert path.read_bytes() == content
+        # Another process of the same training.
+        assert opened(text, "False").returncode == 0
+        assert opened(text, "True").returncode == 1
+        training.kill()
+    assert opened(text, "True").returncode == 0  # what was killed holds nothing
 
 
 def test_the_file_takes_six_bytes_a_word(tmp_path):
@@ -307,14 +350,22 @@ def test_a_batch_that_runs_out_of_memory_takes_its_sentences_along(build, train_
 
 
 def test_several_machines_have_a_file_each(monkeypatch):
-    assert compatibility.machine_name() == ""
+    assert compatibility.machine() == ("", True)
     distributed = torch.distributed
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    for other, expected in (("elsewhere", platform.node()), (platform.node(), "")):
+    here = platform.node()
+    for first, second, rank, expected in (
+        (here, "elsewhere", 0, (here, True)),
+        ("elsewhere", here, 1, (here, True)),
+        (here, here, 0, ("", True)),
+        (here, here, 1, ("", False)),
+    ):
 
-        def gather(names, own, other=other):
-            names[:] = [own, other]
+        def gather(names, own, of_all=(first, second), rank=rank):
+            assert own == of_all[rank]
+            names[:] = of_all
 
         monkeypatch.setattr(distributed, "all_gather_object", gather)
-        assert compatibility.machine_name() == expected
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        assert compatibility.machine() == expected
