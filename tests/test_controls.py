@@ -2,22 +2,25 @@
 
 import importlib
 import json
+import math
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
 from experiments.runner import branch
 from fairseq_skd.compatibility import ordinary_words
+from fairseq_skd.criterion import SelfKDCriterion
 from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
 from fairseq_skd.soft_targets import SelfTeacher
-from tests.conftest import PLUGIN, ROOT, TINY, command
+from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command
 
 CONTROLS = ROOT / "experiments" / "self_kd_controls"
-TRAINED = ["--arch", "transformer", *TINY, "--label-smoothing", 0.1, "--self-kd-top-k", 4]
-TRAINED += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0, "--self-kd-weight", 0.3]
-TRAINED += ["--self-kd-candidates", "neighbors"]
+SETTINGS = ["--label-smoothing", 0.1, "--self-kd-top-k", 4, "--self-kd-candidates", "neighbors"]
+SETTINGS += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0, "--self-kd-weight", 0.3]
+TRAINED = ["--arch", "transformer", *TINY, *SETTINGS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +95,57 @@ def test_words_of_the_unigram_control(build, train_step):
     drawn = ids[:, 1:].numel()
     bound = 5 * (expected * (1 - expected) / drawn).sqrt()
     assert ((shares / drawn - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("lm", [False, True])
+def test_words_of_the_bigram_control(build, train_step, monkeypatch, lm):
+    """As often as they follow the word before, with the masses of the nearest ones together."""
+    model = ["--arch", "transformer_lm", *TINY_LM] if lm else ["--arch", "transformer", *TINY]
+    built = build(*model, *SETTINGS, "--criterion", "self_kd_bigram", lm=lm)
+    given = []
+    original = SelfKDCriterion._linear_loss
+
+    def seen(self, net_output, target, weight, projection, source):
+        given.append((target, source))
+        return original(self, net_output, target, weight, projection, source)
+
+    monkeypatch.setattr(SelfKDCriterion, "_linear_loss", seen)
+    torch.manual_seed(1)
+    for _ in range(100):
+        train_step(built, built.samples[0])
+    eos = built.task.target_dictionary.eos()
+    pairs, text = Counter(), built.task.dataset("train")
+    for index in range(len(text)):
+        words = text[index]["target"].tolist()
+        before = text[index]["source"].tolist() if lm else [eos, *words[:-1]]
+        pairs.update(zip(before, words))
+    inputs = built.samples[0]["net_input"]
+    before = inputs["src_tokens" if lm else "prev_output_tokens"].flatten()
+    target = given[0][0]
+    near = SelfTeacher.soft_target(teacher_of(built), target)
+    drawn = Counter()
+    for same, (ids, weights, share) in given:
+        assert share is None
+        assert (same == target).all()
+        assert (ids[:, 0] == target).all()
+        torch.testing.assert_close(weights[:, 0], near.weights[:, 0], rtol=0, atol=0)
+        masses = near.weights[:, 1:].sum(1, keepdim=True)
+        torch.testing.assert_close(weights[:, 1:], (masses / 4).expand(-1, 4))
+        for position in (target != built.task.target_dictionary.pad()).nonzero().flatten():
+            first = before[position].item()
+            drawn.update((first, word) for word in ids[position, 1:].tolist())
+    assert len(drawn) > 100
+    of_word, drawn_of_word = Counter(), Counter()
+    for pair, count in pairs.items():
+        of_word[pair[0]] += count
+    for pair, count in drawn.items():
+        drawn_of_word[pair[0]] += count
+    for pair, count in drawn.items():
+        assert pair in pairs
+        expected, draws = pairs[pair] / of_word[pair[0]], drawn_of_word[pair[0]]
+        # Binomial: five standard deviations of a share, and one draw.
+        bound = 5 * math.sqrt(expected * (1 - expected) / draws) + 1 / draws
+        assert abs(count / draws - expected) <= bound
 
 
 def test_random_words_are_those_of_their_seed(tables):

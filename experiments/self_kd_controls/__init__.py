@@ -7,6 +7,7 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 - ``self_kd_random``: the masses of the nearest neighbours go to words drawn at random.
 - ``self_kd_unigram``: the same masses go to words drawn anew for every position, as often as they
   stand in the training text: on average a unigram prior.
+- ``self_kd_bigram``: the same, drawn as often as they follow the word before in the training text.
 - ``self_kd_uniform``: the same mass goes to all words alike.
 - ``self_kd_other_table``: the neighbours are those of another model's table, and stay the same.
 - ``self_kd_frozen``: the neighbours are those before any training.
@@ -25,12 +26,14 @@ The last two read the logits, so that the loss is not computed in blocks with th
 but ``self_kd_uniform`` and those of the past are for ``--self-kd-candidates neighbors``.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.criterions import register_criterion
+from fairseq.data import LanguagePairDataset
 from torch import Tensor
 
 from fairseq_skd.criterion import SelfKDCriterion, SelfKDCriterionConfig
@@ -77,14 +80,17 @@ class UnigramTeacher(SelfTeacher):
         embedding: Optional[Tensor] = None,
     ) -> SoftTarget:
         """Return the target, and k words that are drawn with replacement; each gets m / k."""
-        ids, weights, _ = super().soft_target(target, prediction, embedding)
-        others = weights[:, 1:]
-        drawn = torch.multinomial(self.counts, others.numel(), replacement=True)
-        shares = others.mean(1, keepdim=True).expand_as(others)
-        return SoftTarget(
-            torch.cat([ids[:, :1], drawn.view_as(others)], 1),
-            torch.cat([weights[:, :1], shares], 1),
-        )
+        soft = super().soft_target(target, prediction, embedding)
+        size = len(target), soft.ids.size(1) - 1
+        drawn = torch.multinomial(self.counts, size[0] * size[1], replacement=True)
+        return shared_by(drawn.view(size), soft)
+
+
+def shared_by(words: Tensor, soft: SoftTarget) -> SoftTarget:
+    """Let k other words a position, N x k, share the mass of the neighbours alike."""
+    own, others = soft.weights[:, :1], soft.weights[:, 1:]
+    shares = others.mean(1, keepdim=True).expand_as(others)
+    return SoftTarget(torch.cat([soft.ids[:, :1], words], 1), torch.cat([own, shares], 1))
 
 
 class RankTeacher(SelfTeacher):
@@ -277,6 +283,60 @@ class UnigramCriterion(SelfKDCriterion):
         teacher.counts = torch.zeros(len(counts), device=projection.weight.device)
         teacher.counts[teacher.eligible] = counts.to(projection.weight.device)[teacher.eligible]
         return teacher
+
+
+@register_criterion("self_kd_bigram", dataclass=SelfKDCriterionConfig)
+class BigramCriterion(SelfKDCriterion):
+    """The masses go to words as often as they follow the word before in the training text."""
+
+    _before: Tensor
+
+    @functools.cached_property
+    def _followers(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """All words in the order of those before them; of each word, where its own begin; how many.
+
+        The words before are those that the decoder is given.
+        """
+        text = self.task.dataset("train")
+        dictionary = self.task.target_dictionary
+        before, after = [], []
+        for index in range(len(text)):
+            example = text[index]
+            after.append(example["target"])
+            if isinstance(text, LanguagePairDataset):  # its decoder is given the end first
+                before.append(example["target"].roll(1))
+            else:
+                before.append(example["source"])
+        words = torch.cat(before)
+        counts = torch.bincount(words, minlength=len(dictionary))
+        return torch.cat(after)[words.argsort()], counts.cumsum(0) - counts, counts
+
+    def forward(
+        self, model: Any, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Look at what the decoder is given, and compute the loss."""
+        given = sample["net_input"]
+        before = given["prev_output_tokens" if "prev_output_tokens" in given else "src_tokens"]
+        self._before = before[:, self.ignore_prefix_size :].reshape(-1)
+        return super().forward(model, sample, reduce)
+
+    def _linear_loss(
+        self,
+        net_output: Any,
+        target: Tensor,
+        weight: float,
+        projection: OutputProjection,
+        source: Union[SoftTarget, SelfTeacher, None],
+    ) -> Tuple[Dict[str, Tensor], Optional[TopWords]]:
+        if isinstance(source, SelfTeacher):
+            soft = source.soft_target(target)
+            followers, first, counts = (x.to(target.device) for x in self._followers)
+            size = len(target), soft.ids.size(1) - 1
+            place = (torch.rand(size, device=target.device) * counts[self._before, None]).long()
+            # Padding is before no word; what it gets here is left out of the loss.
+            place = (first[self._before, None] + place).clamp(max=len(followers) - 1)
+            source = shared_by(followers[place], soft)
+        return super()._linear_loss(net_output, target, weight, projection, source)
 
 
 @register_criterion("self_kd_rank", dataclass=SelfKDCriterionConfig)
