@@ -31,6 +31,10 @@ OPTIMISATION = [
     # Falls to 0 with the last update, so that the training has come to its end.
     *("--lr", "0.005", "--lr-scheduler", "cosine", "--warmup-updates", "200"),
 ]
+# glibc gives large blocks back to the system at once. Label smoothing takes several of the size of
+# all logits in every update, and would spend a part of its time on pages that are new each time:
+# docs/performance.md. Other C libraries ignore this.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
 class Arm:
@@ -204,7 +208,7 @@ def run_all(arms: Sequence[Arm]) -> None:
         f"on {_device()}"
     )
     threads = max(1, (os.cpu_count() or 1) // len(missing))
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **KEEP_MEMORY, **os.environ}
     with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
         futures = [pool.submit(arm.complete, environment) for arm in missing]
         try:
