@@ -16,6 +16,7 @@ from fairseq_skd.neighbors import nearest_neighbors
 from fairseq_skd.output_projection import find_output_projection
 from fairseq_skd.soft_targets import SelfTeacher
 from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command
+from tests.test_criterion import LANGUAGE_MODELS
 
 CONTROLS = ROOT / "experiments" / "self_kd_controls"
 SETTINGS = ["--label-smoothing", 0.1, "--self-kd-top-k", 4, "--self-kd-candidates", "neighbors"]
@@ -97,19 +98,29 @@ def test_words_of_the_unigram_control(build, train_step):
     assert ((shares / drawn - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("lm", [False, True])
-def test_words_of_the_bigram_control(build, train_step, monkeypatch, lm):
+@pytest.mark.parametrize(
+    ("model", "lm"),
+    [
+        (["--arch", "transformer", *TINY], False),
+        (["--arch", "transformer_lm", *TINY_LM], True),
+        (LANGUAGE_MODELS["lstm_lm"], True),  # whose loss begins with logits
+    ],
+)
+def test_words_of_the_bigram_control(build, train_step, monkeypatch, model, lm):
     """As often as they follow the word before, with the masses of the nearest ones together."""
-    model = ["--arch", "transformer_lm", *TINY_LM] if lm else ["--arch", "transformer", *TINY]
     built = build(*model, *SETTINGS, "--criterion", "self_kd_bigram", lm=lm)
     given = []
-    original = SelfKDCriterion._linear_loss
 
-    def seen(self, net_output, target, weight, projection, source):
-        given.append((target, source))
-        return original(self, net_output, target, weight, projection, source)
+    def seen(original):
+        def compute(self, *arguments):
+            target, *_, source = arguments[-4:]
+            given.append((target, source))
+            return original(self, *arguments)
 
-    monkeypatch.setattr(SelfKDCriterion, "_linear_loss", seen)
+        return compute
+
+    for name in ("_linear_loss", "_loss"):
+        monkeypatch.setattr(SelfKDCriterion, name, seen(getattr(SelfKDCriterion, name)))
     torch.manual_seed(1)
     for _ in range(100):
         train_step(built, built.samples[0])

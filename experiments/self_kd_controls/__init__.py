@@ -328,15 +328,33 @@ class BigramCriterion(SelfKDCriterion):
         projection: OutputProjection,
         source: Union[SoftTarget, SelfTeacher, None],
     ) -> Tuple[Dict[str, Tensor], Optional[TopWords]]:
-        if isinstance(source, SelfTeacher):
-            soft = source.soft_target(target)
-            followers, first, counts = (x.to(target.device) for x in self._followers)
-            size = len(target), soft.ids.size(1) - 1
-            place = (torch.rand(size, device=target.device) * counts[self._before, None]).long()
-            # Padding is before no word; what it gets here is left out of the loss.
-            place = (first[self._before, None] + place).clamp(max=len(followers) - 1)
-            source = shared_by(followers[place], soft)
+        source = self._drawn(source, target)
         return super()._linear_loss(net_output, target, weight, projection, source)
+
+    def _loss(
+        self,
+        model: Any,
+        net_output: Any,
+        target: Tensor,
+        weight: float,
+        projection: OutputProjection,
+        source: Union[SoftTarget, SelfTeacher, None],
+    ) -> Tuple[Dict[str, Tensor], Optional[TopWords]]:
+        source = self._drawn(source, target)
+        return super()._loss(model, net_output, target, weight, projection, source)
+
+    def _drawn(
+        self, source: Union[SoftTarget, SelfTeacher, None], target: Tensor
+    ) -> Union[SoftTarget, SelfTeacher, None]:
+        if not isinstance(source, SelfTeacher):
+            return source
+        soft = source.soft_target(target)
+        followers, first, counts = (x.to(target.device) for x in self._followers)
+        size = len(target), soft.ids.size(1) - 1
+        place = (torch.rand(size, device=target.device) * counts[self._before, None]).long()
+        # Padding is before no word; what it gets here is left out of the loss.
+        place = (first[self._before, None] + place).clamp(max=len(followers) - 1)
+        return shared_by(followers[place], soft)
 
 
 @register_criterion("self_kd_rank", dataclass=SelfKDCriterionConfig)
