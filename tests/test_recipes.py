@@ -456,6 +456,14 @@ def _same_model(config, arguments):
 # ---- Bad input ----------------------------------------------------------------------------------
 
 
+def disk_with(tools, gib):
+    """Make a folder of tools in which df finds so many GiB free."""
+    tools.mkdir()
+    (tools / "df").write_text(f"#!/bin/sh\necho head\necho /dev/x 100 100 {gib * 2**20} 50% /\n")
+    (tools / "df").chmod(0o755)
+    return tools
+
+
 def refused(*arguments, **keywords):
     printed = script(*arguments, fails=True, **keywords)
     assert "has stopped: " in printed
@@ -499,12 +507,19 @@ def test_an_archive_that_is_cut_off_is_refused(recipe, raw, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_a_file_of_another_edition_or_none_is_refused(recipe, raw, tmp_path):
+    roomy = disk_with(tmp_path / "tools", gib=100)  # whatever this machine has
     if recipe != IWSLT:  # whose source states neither size nor checksum
         printed = refused(
-            recipe / "prepare.sh", "--raw", raw / recipe.name, "--out", tmp_path / "out"
+            recipe / "prepare.sh",
+            *("--raw", raw / recipe.name, "--out", tmp_path / "out"),
+            first_on_path=roomy,
         )
         assert "another edition" in printed
-    printed = refused(recipe / "prepare.sh", "--raw", tmp_path, "--out", tmp_path / "out")
+    printed = refused(
+        recipe / "prepare.sh",
+        *("--raw", tmp_path, "--out", tmp_path / "out"),
+        first_on_path=roomy,
+    )
     assert "has no file" in printed
     assert "https://" in printed
 
@@ -560,16 +575,10 @@ def test_different_numbers_of_lines_are_refused(raw, tmp_path):
 
 
 def test_a_missing_tool_and_a_full_disk_are_named(raw, tmp_path):
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "df").write_text(
-        "#!/bin/sh\necho head\necho /dev/x 100 100 1048576 50% /\n"  # one GiB free
-    )
-    (tools / "df").chmod(0o755)
     printed = refused(
         WIKITEXT103 / "prepare.sh",
         *("--raw", raw / "wikitext103", "--out", tmp_path / "out"),
-        first_on_path=tools,
+        first_on_path=disk_with(tmp_path / "tools", gib=1),
     )
     assert "has 1 GiB free and this needs about 3" in printed
     few = tmp_path / "few"
