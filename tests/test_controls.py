@@ -285,6 +285,32 @@ def test_what_the_past_leaves_can_go_to_the_target(build, train_step, tmp_path):
     assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-3)  # kept as float16
 
 
+def test_masked_label_smoothing(build, train_step):
+    """The source side's words of a joined dictionary get nothing."""
+    alone = ["--label-smoothing", 0, "--self-kd-weight", 1, "--self-kd-max-mass", 0.2]
+    built = build(*TRAINED, "--criterion", "self_kd_masked", *alone, data="joined")
+    sample, dictionary = built.samples[0], built.task.target_dictionary
+    ours = train_step(built, sample)
+    text = built.task.dataset("train")
+    seen = {word for index in range(len(text)) for word in text[index]["target"].tolist()}
+    seen -= {dictionary.eos(), dictionary.unk(), dictionary.pad()}
+    assert 10 < len(seen) < 0.7 * len(dictionary)
+    words = torch.tensor(sorted(seen))
+    output = built.model(**sample["net_input"])
+    lprobs = built.model.get_normalized_probs(output, log_probs=True).flatten(0, 1).double()
+    loss = 0.0
+    for row, t in zip(lprobs, sample["target"].flatten().tolist()):
+        if t != dictionary.pad():
+            loss = loss - 0.8 * row[t] - 0.2 * row[words].mean()
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    built.model.zero_grad()
+    loss.backward()
+    gradient = find_output_projection(built.model, dictionary).weight.grad
+    torch.testing.assert_close(
+        ours.gradients["decoder.output_projection.weight"], gradient, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_uniform_mass_is_label_smoothing_of_the_same_mass(build, train_step):
     schedule = ["--self-kd-start-update", 4, "--self-kd-ramp-updates", 4]
     built = build(*TRAINED, "--criterion", "self_kd_uniform", *schedule)

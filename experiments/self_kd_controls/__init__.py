@@ -9,6 +9,9 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
   stand in the training text: on average a unigram prior.
 - ``self_kd_bigram``: the same, drawn as often as they follow the word before in the training text.
 - ``self_kd_uniform``: the same mass goes to all words alike.
+- ``self_kd_masked``: ``max_mass`` goes alike to the words that may be neighbours, which with a
+  joined dictionary are those of the target side; alone (``--label-smoothing 0 --self-kd-weight 1
+  --self-kd-start-update 0 --self-kd-ramp-updates 0``) it is masked label smoothing.
 - ``self_kd_other_table``: the neighbours are those of another model's table, and stay the same.
 - ``self_kd_frozen``: the neighbours are those before any training.
 - ``self_kd_whole_eos``: the end of the sentence gives nothing away.
@@ -22,8 +25,9 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
 - ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
 - ``self_kd_doubt``: the mass that a target gives away is in proportion to the model's doubt in it.
 
-The last two read the logits, so that the loss is not computed in blocks with the projection. All
-but ``self_kd_uniform`` and those of the past are for ``--self-kd-candidates neighbors``.
+``self_kd_masked`` and the last two begin with all logits, so that the loss is not computed in
+blocks with the projection. All but ``self_kd_uniform`` and those of the past are for
+``--self-kd-candidates neighbors``.
 """
 
 import functools
@@ -91,6 +95,24 @@ def shared_by(words: Tensor, soft: SoftTarget) -> SoftTarget:
     own, others = soft.weights[:, :1], soft.weights[:, 1:]
     shares = others.mean(1, keepdim=True).expand_as(others)
     return SoftTarget(torch.cat([soft.ids[:, :1], words], 1), torch.cat([own, shares], 1))
+
+
+class MaskedTeacher(SelfTeacher):
+    """All eligible words share ``max_mass`` alike, whatever the target."""
+
+    def soft_target(
+        self,
+        target: Tensor,
+        prediction: Optional[Tensor] = None,
+        embedding: Optional[Tensor] = None,
+    ) -> SoftTarget:
+        """Return the target and all M eligible words, N x (1 + M): 16 bytes a word and position."""
+        words = self.eligible
+        assert words is not None
+        ids = torch.cat([target.unsqueeze(1), words.expand(len(target), -1)], 1)
+        weights = torch.full(ids.shape, self.max_mass / len(words), device=ids.device)
+        weights[:, 0] = 1 - self.max_mass
+        return SoftTarget(ids, weights)
 
 
 class RankTeacher(SelfTeacher):
@@ -355,6 +377,13 @@ class BigramCriterion(SelfKDCriterion):
         # Padding is before no word; what it gets here is left out of the loss.
         place = (first[self._before, None] + place).clamp(max=len(followers) - 1)
         return shared_by(followers[place], soft)
+
+
+@register_criterion("self_kd_masked", dataclass=SelfKDCriterionConfig)
+class MaskedCriterion(LogitsCriterion):
+    """The words of the target side share the mass alike."""
+
+    teacher_class = MaskedTeacher
 
 
 @register_criterion("self_kd_rank", dataclass=SelfKDCriterionConfig)
