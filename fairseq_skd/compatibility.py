@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from platform import node
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "allow_fairseqs_checkpoints",
     "do_without_the_fused_encoder_layer",
     "eligible_words",
+    "first_alone",
     "machine",
     "ordinary_words",
     "remember_words_from_files",
@@ -40,7 +41,6 @@ __all__ = [
     "text_layout",
     "training_length",
     "unwrap",
-    "wait_for_other_workers",
 ]
 
 logger = logging.getLogger(__name__)
@@ -332,15 +332,46 @@ class Machine(NamedTuple):
 
 def machine() -> Machine:
     """Return where this process is; to be called by all processes of a distributed run at once."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _distributed():
         return Machine("", True)
-    names: List[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(names, node())
+    names = _gathered(node())
     first = names.index(node()) == torch.distributed.get_rank()
     return Machine(node() if len(set(names)) > 1 else "", first)
 
 
-def wait_for_other_workers() -> None:
-    """Wait until every process of a distributed run is here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def first_alone(first: bool, action: Callable[[], Any]) -> Any:
+    """Return what a function gives, called by the first processes, then by the others.
+
+    To be called by all processes of a distributed run at once. If it fails in a first process it
+    is not called in the others: all of them raise, so that none waits for one that has ended.
+
+    Raises
+    ------
+    RuntimeError
+        In other processes than the one in which it failed, with its message.
+    """
+    if not _distributed():
+        return action()
+    result, error = None, None
+    if first:
+        try:
+            result = action()
+        except Exception as problem:
+            error = problem
+    messages = _gathered(str(error) if error is not None else "")
+    if error is not None:
+        raise error
+    for message in filter(None, messages):
+        raise RuntimeError(message)
+    return result if first else action()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _gathered(value: str) -> List[str]:
+    """Return what every process of a distributed run has passed, by rank."""
+    values: List[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

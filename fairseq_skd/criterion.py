@@ -1,6 +1,7 @@
 """The fairseq criterion: label-smoothed cross-entropy with self-knowledge distillation."""
 
 import atexit
+import functools
 import logging
 import math
 from collections import deque
@@ -108,7 +109,7 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
         default="auto",
         metadata={
             "help": "where the model's past predictions are kept, 6 k bytes a target token; auto "
-            "for self_kd_past.bin in --save-dir, on several machines one for each"
+            "for self_kd_past.bin in --save-dir; on several machines each adds its name"
         },
     )
 
@@ -538,11 +539,14 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 raise RuntimeError(
                     "self_kd does not know the folder of the run; pass --self-kd-past-file"
                 )
+            place = Path(path or Path(self._save_dir or "", "self_kd_past.bin"))
             machine = compatibility.machine()
-            # A network's file system would not keep the memory of two machines the same.
-            name = f"self_kd_past.{machine.name}.bin" if machine.name else "self_kd_past.bin"
-            self._past = PastPredictions(
-                Path(path or Path(self._save_dir or "", name)),
+            if machine.name:
+                # A network's file system would not keep the memory of two machines the same.
+                place = place.with_name(f"{place.stem}.{machine.name}{place.suffix}")
+            opened = functools.partial(
+                PastPredictions,
+                place,
                 compatibility.text_layout(self.task),
                 self.options.top_k,
                 self._updates_done(),
@@ -550,9 +554,9 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 lambda line: logger.info(f"self_kd: {line}"),
                 machine.first,
             )
+            # None writes before those that guard a file have dropped what is of no use.
+            self._past = compatibility.first_alone(machine.first, opened)
             atexit.register(self._past.flush)  # what is still being copied from a GPU
-            # None writes before all have dropped what is of no use.
-            compatibility.wait_for_other_workers()
         return self._past
 
     @classmethod

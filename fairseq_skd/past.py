@@ -10,13 +10,12 @@ All of it lies in one memory-mapped file, in which every sentence has a place of
 not matter in which order, batch, epoch or process of the machine sentences come.
 """
 
-import contextlib
 import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ class PastPredictions:
     path : Path
         The file. It is made if it is missing, or is that of another text, dictionary, k or skip.
         The processes of a run on one machine share it. Two machines must not: a network's file
-        system does not keep their memory the same.
+        system does not keep their memory the same. Beside it lies an empty one, ``.lock``.
     layout : TextLayout
         Of the training text.
     top_k : int
@@ -86,13 +85,14 @@ class PastPredictions:
     say : callable
         Is told, in a line, what was found or made.
     guards : bool
-        Whether this process keeps the file from other runs as long as it lives: one of the
-        processes of a run on a machine has to.
+        Whether this process makes the file and keeps it from other runs as long as it lives: the
+        first process of a run on a machine. The others open it after that, as it is.
 
     Raises
     ------
     PastError
-        If there is no room for the file, no permission, or another run uses it.
+        If there is no room for the file, no permission, or another run uses it; without
+        ``guards``, if there is no file of this kind.
     """
 
     def __init__(
@@ -118,24 +118,24 @@ class PastPredictions:
         head: Dict[str, object] = {"format": _FORMAT, "fingerprint": layout.fingerprint}
         head.update(top_k=top_k, skip=skip)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
-                if guards and path.is_file():
-                    _guarded(path).close()  # before anything in it is changed
-                if _head_of(path) == head and path.stat().st_size == total:
-                    say(f"going on with {path}")
-                else:
-                    say(self._make(path, head, total))
-                places = self._map(path, sizes, positions)
-                self._updates, self._ids, self._probabilities = places
-                self._guard = _guarded(path) if guards else None
-                lost = self._updates > num_updates
-                if lost.any():
-                    self._updates[lost] = 0
-                    say(
-                        f"{lost.sum()} of {sentences} sentences in it were seen after update "
-                        f"{num_updates}, from where this run goes on: their past is dropped"
-                    )
+            if guards:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _guard(path)  # before anything in it is changed
+            if _head_of(path) == head and path.stat().st_size == total:
+                say(f"going on with {path}")
+            elif guards:
+                say(self._make(path, head, total))
+            else:
+                raise PastError(f"{path} is not what the first process of this run has made")
+            places = self._map(path, sizes, positions)
+            self._updates, self._ids, self._probabilities = places
+            lost = self._updates > num_updates
+            if guards and lost.any():
+                self._updates[lost] = 0
+                say(
+                    f"{lost.sum()} of {sentences} sentences in it were seen after update "
+                    f"{num_updates}, from where this run goes on: their past is dropped"
+                )
         except OSError as error:
             raise PastError(
                 f"{path} cannot be used for the model's past predictions: {error}. "
@@ -314,13 +314,23 @@ def _head_of(path: Path) -> Optional[Dict[str, object]]:
     return head
 
 
-def _guarded(path: Path) -> BinaryIO:
-    """Keep other processes from guarding the file until it is closed here, wherever it was opened.
+#: The locks of this process, by process, device and inode. They are open until it ends: closing a
+#: file anywhere in a process gives up its locks, so that none is opened a second time.
+_LOCKS: Dict[Tuple[int, int, int], BinaryIO] = {}
 
-    A lock of the process and not of the open file: workers that load data inherit the latter, and
-    would keep it for seconds after a kill of the training, which could not go on at once.
+
+def _guard(path: Path) -> None:
+    """Keep other processes from guarding the file until this one ends.
+
+    The lock is on a file of its own, which nothing maps. It is one of the process and not of the
+    open file: workers that load data inherit the latter, and would keep it for seconds after a kill
+    of the training, which could not go on at once.
     """
-    file = path.open("r+b")
+    place = path.resolve()
+    place = place.with_name(place.name + ".lock")
+    if place.exists() and _key(os.stat(place)) in _LOCKS:
+        return
+    file = place.open("wb")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # which one depends on the system
@@ -329,12 +339,8 @@ def _guarded(path: Path) -> BinaryIO:
             f"{path} is used by another training now, and both would learn from each other's "
             "predictions; --self-kd-past-file takes another place (by default it is in --save-dir)"
         ) from error
-    return file
+    _LOCKS[_key(os.fstat(file.fileno()))] = file
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time look at the file and make it."""
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _key(status: os.stat_result) -> Tuple[int, int, int]:
+    return os.getpid(), status.st_dev, status.st_ino

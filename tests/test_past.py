@@ -133,7 +133,8 @@ from fairseq_skd.past import PastError, PastPredictions, TextLayout
 
 layout = TextLayout(np.array([3, 1, 4, 0, 2]), sys.argv[2])
 try:
-    past = PastPredictions(Path(sys.argv[1]), layout, 2, guards=sys.argv[3] == "True")
+    for _ in range(2):  # of two in one process the first one is closed
+        past = PastPredictions(Path(sys.argv[1]), layout, 2, guards=sys.argv[3] == "True")
 except PastError as error:
     sys.exit(str(error))
 print(flush=True)
@@ -151,17 +152,59 @@ def test_two_trainings_cannot_have_one_file(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, text, "True"], **pipes) as training:
         training.stdout.readline()
+        recorded = PastPredictions(path, LAYOUT, 2, num_updates=9, guards=False)
+        recorded.write(np.array([0]), 3, words(3, 2, 1), num_updates=8)
         content = path.read_bytes()
         for other_text in (text, "another text"):
             refused = opened(other_text, "True")
             assert refused.returncode == 1
             assert f"{path} is used by another training now" in refused.stderr
             assert path.read_bytes() == content
-        # Another process of the same training.
+        # Another process of the same training, and one of another that is before its first one.
         assert opened(text, "False").returncode == 0
+        other = opened("another text", "False")
+        assert other.returncode == 1
+        assert f"{path} is not what the first process of this run has made" in other.stderr
+        assert path.read_bytes() == content
         assert opened(text, "True").returncode == 1
         training.kill()
     assert opened(text, "True").returncode == 0  # what was killed holds nothing
+
+
+FIRST_ALONE = """
+import sys
+
+import torch
+
+from fairseq_skd.compatibility import first_alone
+
+place, rank = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+said = []
+
+def fails():
+    said.append("called")
+    raise ValueError("in use")
+
+for first in (0, 1):
+    with open(f"{place}.order", "a") as order:
+        first_alone(rank == first, lambda: print(rank, file=order, flush=True))
+    torch.distributed.barrier()
+try:
+    first_alone(rank == 1, fails)
+except (RuntimeError, ValueError) as error:
+    said.append(f"{type(error).__name__}: {error}")
+print(*said)
+"""
+
+
+def test_the_first_process_makes_the_file_before_the_others_open_it(tmp_path):
+    command = [sys.executable, "-c", FIRST_ALONE, str(tmp_path / "meet")]
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([*command, str(rank)], **pipes) for rank in (0, 1)]
+    said = [worker.communicate(timeout=100)[0].strip() for worker in workers]
+    assert (tmp_path / "meet.order").read_text().split() == ["0", "1", "1", "0"]
+    assert said == ["RuntimeError: in use", "called ValueError: in use"]
 
 
 def test_the_file_takes_six_bytes_a_word(tmp_path):
@@ -369,3 +412,14 @@ def test_several_machines_have_a_file_each(monkeypatch):
         monkeypatch.setattr(distributed, "all_gather_object", gather)
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
         assert compatibility.machine() == expected
+
+
+@pytest.mark.parametrize("name", ["past", "past.bin"])
+def test_each_machine_has_a_file_of_its_own(build, train_step, tmp_path, monkeypatch, name):
+    machine = compatibility.Machine("host", True)
+    monkeypatch.setattr(compatibility, "machine", lambda: machine)
+    built = build(*MODELS["transformer"], *PAST, *NOW, "--self-kd-past-file", tmp_path / name)
+    train_step(built, built.samples[0])
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *(name.replace("past", "past.host"), name.replace("past", "past.host") + ".lock"),
+    }
