@@ -20,7 +20,7 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
   not given away, label smoothing included.
 - ``self_kd_past_believed``: of ``--self-kd-candidates past``, the past counts everywhere alike, and
   not as far as it gave probability to the true word.
-- ``self_kd_past_kept``: the same, and what is beyond the k words goes to the label-smoothed target
+- ``self_kd_past_kept``: what is beyond the k words of the past goes to the label-smoothed target
   instead of all words alike.
 - ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
 - ``self_kd_doubt``: the mass that a target gives away is in proportion to the model's doubt in it.
@@ -258,7 +258,7 @@ class PastKeptCriterion(SelfKDCriterion):
     """What the words of the past leave goes to the label-smoothed target."""
 
     def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
-        return kept(soft)
+        return kept(super()._trust(soft, target))
 
 
 @register_criterion("self_kd_past_believed", dataclass=SelfKDCriterionConfig)
