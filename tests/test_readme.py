@@ -99,7 +99,8 @@ def test_the_pages_of_results_have_the_tables_and_the_plots_of_their_csv(
 
 def test_the_summary_of_results_is_that_of_their_csv(tmp_path):
     found = {
-        name: collect.read(summary.RESULTS / f"{name}.csv") for name in ("results", "low-resource")
+        name: collect.read(summary.RESULTS / f"{name}.csv")
+        for name in {line.csv for line in summary.LINES}
     }
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"\n{summary.summary(found)}<!-- end of summary -->" in page

@@ -26,10 +26,11 @@ class Line(NamedTuple):
     csv: str
     experiment: str
     arm: str
+    page: str = ""  # if it is not called like the experiment
 
 
-# Of translation, and of language models (cross-entropy, by our loss).
-BASELINES = ("label_smoothing", "weight=0")
+# Of translation, and of language models (cross-entropy, by our loss or by fairseq's).
+BASELINES = ("label_smoothing", "weight=0", "cross_entropy")
 FAR = 50  # per cent of perplexity
 DEFAULTS = "cosine,sigma_scale=0.5,weight=0.5"
 LINES = [
@@ -45,6 +46,10 @@ LINES = [
          "results", "comparison_wikitext2", "cosine,both,sigma_scale=0.5,weight=0.5"),
     Line("WikiText-2, 10,000 words", "control: all words alike",
          "results", "comparison_wikitext2", "uniform,weight=0.5,max_mass=0.05"),
+    Line("the same, six passes instead of three", "neighbours, from a quarter on",
+         "wikitext2-long", "comparison_wikitext2_long", "defaults", "comparison_wikitext2"),
+    Line("Multi30k, 10,000 pairs, 40 passes", "past, the default",
+         "low-resource-past", "low_resource_past", "past,trusted=0.5", "low_resource"),
     Line("Multi30k, 10,000 pairs, 40 passes", "past, believed everywhere alike",
          "low-resource", "low_resource", "past=0.5"),
     Line("Multi30k, 6 passes", "neighbours, light", "results", "comparison", DEFAULTS),
@@ -80,7 +85,8 @@ def summary(found: Dict[str, List[Dict[str, str]]]) -> str:
             kind: paired(found[line.csv], line, kind) for kind in ("perplexity", "BLEU", "chrF2")
         }
         seeds = len(differences["perplexity"])
-        shown = f"[{line.task}](results/{line.experiment}.md)" if line.task != task else ""
+        page = line.page or line.experiment
+        shown = f"[{line.task}](results/{page}.md)" if line.task != task else ""
         task = line.task
         cells = (_cell(values, kind) for kind, values in differences.items())
         lines.append([shown, line.name, str(seeds), *cells])
