@@ -358,7 +358,7 @@ def first_alone(first: bool, action: Callable[[], Any]) -> Any:
             result = action()
         except Exception as problem:
             error = problem
-    messages = _gathered(str(error) if error is not None else "")
+    messages = _gathered("" if error is None else str(error) or repr(error))
     if error is not None:
         raise error
     for message in filter(None, messages):

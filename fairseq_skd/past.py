@@ -330,7 +330,7 @@ def _guard(path: Path) -> None:
     place = place.with_name(place.name + ".lock")
     if place.exists() and _key(os.stat(place)) in _LOCKS:
         return
-    file = place.open("wb")
+    file = place.open("ab")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # which one depends on the system

@@ -106,7 +106,7 @@ class MaskedTeacher(SelfTeacher):
         prediction: Optional[Tensor] = None,
         embedding: Optional[Tensor] = None,
     ) -> SoftTarget:
-        """Return the target and all M eligible words, N x (1 + M): 16 bytes a word and position."""
+        """Return the target and all M eligible words, N x (1 + M): 12 bytes a word and position."""
         words = self.eligible
         assert words is not None
         ids = torch.cat([target.unsqueeze(1), words.expand(len(target), -1)], 1)
