@@ -190,6 +190,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
 
     #: What makes the soft targets; a subclass may have another teacher.
     teacher_class = SelfTeacher
+    #: What keeps the past.
+    past_class = PastPredictions
 
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(
@@ -545,7 +547,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
                 # A network's file system would not keep the memory of two machines the same.
                 place = place.with_name(f"{place.stem}.{machine.name}{place.suffix}")
             opened = functools.partial(
-                PastPredictions,
+                self.past_class,
                 place,
                 compatibility.text_layout(self.task),
                 self.options.top_k,

@@ -207,6 +207,25 @@ def test_calibration_of_several_checkpoints(plain, corpus, tmp_path):
     ]
 
 
+def test_calibration_with_a_temperature(plain, corpus):
+    checkpoint = plain / "checkpoint_best.pt"
+    arguments = ["calibration", checkpoint, corpus / "joined", "--temperature"]
+    (cool,) = machine(*arguments, 0.5)["calibration"]
+    (as_it_is,) = machine(*arguments, 1)["calibration"]
+    loaded, _ = model_of(plain)
+    nll, confidence = [], []
+    for lprobs, target in loaded.predictions("valid"):
+        p = lprobs.double().exp() ** 2
+        p /= p.sum(1, keepdim=True)
+        nll += (-p.log()[range(len(target)), target]).tolist()
+        confidence += p.max(1).values.tolist()
+    assert cool["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    assert cool["confidence"] == pytest.approx(sum(confidence) / len(nll), rel=1e-5)
+    assert cool["accuracy"] == as_it_is["accuracy"]
+    assert cool["confidence"] > 1.05 * as_it_is["confidence"]
+    assert "temperature 0.5" in skd(*arguments, 0.5)
+
+
 def test_calibration_is_that_of_its_definition():
     # Two bins: choices made with 0.9 are right in 2 of 4 cases, one made with 0.2 is wrong.
     confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.2])
@@ -388,6 +407,7 @@ def test_what_is_refused(plain, corpus, tmp_path):
         (["neighbors", checkpoint, *words, "--json", "--csv"], "--json and --csv were given"),
         (["explain", checkpoint, data, "--sentence", 20], "--sentence is 20; allowed: 0 to 19 in"),
         (["explain", checkpoint, data, "--text", "other"], "has no text 'other'"),
+        (["calibration", checkpoint, data, "--temperature", 0], "is 0.0; allowed: a positive n"),
         (["explain", checkpoint, data, "--weight", 2], "--weight is 2.0; allowed: a number from"),
         (["curves", tmp_path / "none.log"], "none.log holds no line of a training"),
         (["curves", tmp_path / "gone.log"], "gone.log: there is no such file"),

@@ -286,6 +286,35 @@ def test_what_the_past_leaves_can_go_to_the_target(build, train_step, tmp_path):
     assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-3)  # kept as float16
 
 
+def test_the_past_can_be_an_average_of_the_epochs(build, train_step, tmp_path):
+    past = ["--self-kd-candidates", "past", "--self-kd-past-file", tmp_path / "past"]
+    built = build(*TRAINED, "--criterion", "self_kd_past_averaged", *past)
+    sample, k = built.samples[0], 4
+    width = sample["target"].size(1)
+    real = sample["target"].ne(built.task.target_dictionary.pad()).flatten()
+    expected = [{} for _ in real]
+    torch.manual_seed(1)
+    for update in range(4):
+        with torch.no_grad():
+            output = built.model(**sample["net_input"])
+            given = built.model.get_normalized_probs(output, log_probs=False).flatten(0, 1)
+        for position, (values, ids) in enumerate(zip(*given.topk(k, 1))):
+            now = dict(zip(ids.tolist(), values.tolist()))
+            if update:
+                then = expected[position]
+                now = {j: 0.6 * then.get(j, 0) + 0.4 * now.get(j, 0) for j in {*then, *now}}
+            likeliest = sorted(now, key=now.get, reverse=True)[:k]
+            expected[position] = {j: now[j] for j in likeliest}
+        train_step(built, sample, update)
+        recorded = built.criterion._past.read(sample["id"].numpy(), width, update + 1)
+        for position in real.nonzero().flatten().tolist():
+            found = zip(recorded.ids[position].tolist(), recorded.weights[position].tolist())
+            assert dict(found) == pytest.approx(expected[position], rel=3e-3)
+        with torch.no_grad():
+            for parameter in built.model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
 def test_masked_label_smoothing(build, train_step):
     """The source side's words of a joined dictionary get nothing."""
     alone = ["--label-smoothing", 0, "--self-kd-weight", 1, "--self-kd-max-mass", 0.2]

@@ -20,6 +20,8 @@ it with ``--user-dir`` and one of these criteria with ``--criterion``. Options a
   not given away, label smoothing included.
 - ``self_kd_past_believed``: of ``--self-kd-candidates past``, the past counts everywhere alike, and
   not as far as it gave probability to the true word.
+- ``self_kd_past_averaged``: the past is an average over the epochs, in which the last one counts
+  0.4, after Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning" (ICLR 2017).
 - ``self_kd_past_kept``: what is beyond the k words of the past goes to the label-smoothed target
   instead of all words alike.
 - ``self_kd_belief``: the model's own belief in this sentence chooses among the neighbours.
@@ -34,6 +36,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple, Union
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq.criterions import register_criterion
@@ -43,6 +46,7 @@ from torch import Tensor
 from fairseq_skd.criterion import SelfKDCriterion, SelfKDCriterionConfig
 from fairseq_skd.loss import TopWords
 from fairseq_skd.output_projection import OutputProjection
+from fairseq_skd.past import PastPredictions
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
 
@@ -172,6 +176,33 @@ def kept(soft: SoftTarget) -> SoftTarget:
     return SoftTarget(soft.ids, soft.weights / mass.clamp(min=1e-12).unsqueeze(1), share)
 
 
+class AveragedPast(PastPredictions):
+    """What is recorded is an average over the epochs: a new prediction enters with `NEWEST`."""
+
+    NEWEST = 0.4
+
+    def write(self, sentences: np.ndarray, width: int, top: TopWords, num_updates: int) -> None:
+        """Record the average of what was recorded and of what the model gives now."""
+        past = self.read(sentences, width, num_updates, top.ids.device)
+        super().write(sentences, width, averaged(past, top, self.NEWEST), num_updates)
+
+
+def averaged(past: SoftTarget, now: TopWords, newest: float) -> TopWords:
+    """Average what was recorded of every position with what the model gives now; N x k.
+
+    Of the up to 2k words the k likeliest are kept. A word that is not among the k of one of the two
+    counts as 0 there. What was not recorded yet (``share`` 0) does not count.
+    """
+    assert past.share is not None
+    weight = torch.where(past.share > 0, newest, 1.0).unsqueeze(1)
+    before = (1 - weight) * past.weights
+    same = now.ids.unsqueeze(2) == past.ids.unsqueeze(1)
+    both = weight * now.lprobs.exp() + (same * before.unsqueeze(1)).sum(2)
+    alone = before.masked_fill(same.any(1), 0)
+    values, places = torch.cat([both, alone], 1).topk(now.ids.size(1), 1)
+    return TopWords(torch.cat([now.ids, past.ids], 1).gather(1, places), values.log())
+
+
 class LogitsTeacher(SelfTeacher):
     """A teacher that is shown the logits of the batch, as `scores`, N x V."""
 
@@ -259,6 +290,13 @@ class PastKeptCriterion(SelfKDCriterion):
 
     def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
         return kept(super()._trust(soft, target))
+
+
+@register_criterion("self_kd_past_averaged", dataclass=SelfKDCriterionConfig)
+class PastAveragedCriterion(SelfKDCriterion):
+    """The past is an average over the epochs."""
+
+    past_class = AveragedPast
 
 
 @register_criterion("self_kd_past_believed", dataclass=SelfKDCriterionConfig)

@@ -5,6 +5,7 @@ the choices that it makes with a probability of 0.7, 70 % are right.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Dict, List
 
@@ -85,10 +86,15 @@ def measure(confidence: Tensor, right: Tensor, nll: Tensor) -> Calibration:
     )
 
 
-def predict(trained: Trained, subset: str) -> Calibration:
-    """Let a model predict every word of a text; see `Trained.predictions`."""
+def predict(trained: Trained, subset: str, temperature: float = 1.0) -> Calibration:
+    """Let a model predict every word of a text; see `Trained.predictions`.
+
+    Its logits are divided by ``temperature`` first, as ``fairseq-generate --temperature`` does.
+    """
     parts: List[List[Tensor]] = [[], [], []]
     for lprobs, target in trained.predictions(subset):
+        if temperature != 1:
+            lprobs = lprobs.div_(temperature).log_softmax(1)
         best = lprobs.max(1)
         nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
         for part, values in zip(parts, (best.values.exp(), best.indices.eq(target), nll)):
@@ -104,6 +110,13 @@ def calibration(
     text: Annotated[
         str, typer.Option(help="valid, test, ... of the data; several with commas between.")
     ] = "valid",
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="By which logits are divided: with the one that suits validation text best (the "
+            "lowest nll) models can be compared apart from their calibration."
+        ),
+    ] = 1.0,
     user_dir: Settings.user_dir = None,
     plot: Plot = None,
     as_json: AsJSON = False,
@@ -116,18 +129,23 @@ def calibration(
       fairseq-skd calibration one/checkpoint_best.pt two/checkpoint_best.pt data-bin --plot c.png
     """
     pictures.check_plot(plot)
+    if not 0 < temperature < math.inf:
+        raise CommandError(f"--temperature is {temperature}; allowed: a positive number")
     found: Dict[str, Calibration] = {}
     rows: Rows = []
     for name, checkpoint in zip(output.labels(checkpoints), checkpoints):
         trained = load(checkpoint, data, user_dir)
         for subset in text.split(","):
-            figures = predict(trained, subset)
+            figures = predict(trained, subset, temperature)
             found[f"{name}, {subset}"] = figures
             row = dataclasses.asdict(figures)
             del row["bins"]
             rows.append({"checkpoint": name, "text": subset, **row})
     formats = dict.fromkeys(("accuracy", "confidence", "ece", "nll", "own_nll"), ".4f")
-    table = Titled("Probability of the first choice against how often it is right", rows)
+    title = "Probability of the first choice against how often it is right"
+    if temperature != 1:
+        title += f", temperature {temperature:g}"
+    table = Titled(title, rows)
     output.show({"calibration": table}, formats, as_json, as_csv)
     if plot is not None:
         draw(found, plot)
