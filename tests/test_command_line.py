@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fairseq_skd import command_line
+from fairseq_skd.checkpoints import read_checkpoint
 from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command
 
 TRAINING = [
@@ -397,6 +398,9 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["translation"]) == {"label smoothing", "self-KD", "signature", "p_value"}
     baseline, ours = (results["language model"][arm] for arm in ("label smoothing", "self-KD"))
+    # What is tested is what has the perplexity that is shown.
+    (best,) = (tmp_path / "out" / "language-model").glob("label-smoothing-*/checkpoint_best.pt")
+    assert read_checkpoint(best)["extra_state"]["best"] == baseline["valid_ppl"]
     change = 100 * (ours["test_ppl"] / baseline["test_ppl"] - 1)
     assert f"self-KD: {change:+.1f} % against label smoothing. One seed." in output
     again = quickstart(*arguments)

@@ -142,6 +142,8 @@ class LanguageModel(Arm):
         *("--decoder-layers", "2", "--decoder-embed-dim", "128", "--decoder-input-dim", "128"),
         *("--decoder-output-dim", "128", "--decoder-ffn-embed-dim", "512"),
         *("--decoder-attention-heads", "4", "--dropout", "0.1"),
+        # Perplexity is compared. The label-smoothed loss is lowest before it.
+        *("--best-checkpoint-metric", "ppl"),
     ]
     output = "test.log"
 

@@ -50,6 +50,8 @@ LINES = [
          "wikitext2-long", "comparison_wikitext2_long", "defaults", "comparison_wikitext2"),
     Line("Multi30k, 10,000 pairs, 40 passes", "past, the default",
          "low-resource-past", "low_resource_past", "past,trusted=0.5", "low_resource"),
+    Line("Multi30k, 10,000 pairs, 40 passes", "past, averaged over the epochs, weight 1",
+         "low-resource-past", "low_resource_averaged", "past_averaged=1", "low_resource"),
     Line("Multi30k, 10,000 pairs, 40 passes", "past, believed everywhere alike",
          "low-resource", "low_resource", "past=0.5"),
     Line("Multi30k, 6 passes", "neighbours, light", "results", "comparison", DEFAULTS),
