@@ -177,7 +177,10 @@ def kept(soft: SoftTarget) -> SoftTarget:
 
 
 class AveragedPast(PastPredictions):
-    """What is recorded is an average over the epochs: a new prediction enters with `NEWEST`."""
+    """What is recorded is an average over the epochs: a new prediction enters with `NEWEST`.
+
+    An update that is computed again after an overflow (fp16) begins its sentences' average anew.
+    """
 
     NEWEST = 0.4
 

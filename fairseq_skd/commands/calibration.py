@@ -131,21 +131,19 @@ def calibration(
     pictures.check_plot(plot)
     if not 0 < temperature < math.inf:
         raise CommandError(f"--temperature is {temperature}; allowed: a positive number")
+    changed = "" if temperature == 1 else f", temperature {temperature:g}"
     found: Dict[str, Calibration] = {}
     rows: Rows = []
     for name, checkpoint in zip(output.labels(checkpoints), checkpoints):
         trained = load(checkpoint, data, user_dir)
         for subset in text.split(","):
             figures = predict(trained, subset, temperature)
-            found[f"{name}, {subset}"] = figures
+            found[f"{name}, {subset}{changed}"] = figures
             row = dataclasses.asdict(figures)
             del row["bins"]
-            rows.append({"checkpoint": name, "text": subset, **row})
+            rows.append({"checkpoint": name, "text": subset, "temperature": temperature, **row})
     formats = dict.fromkeys(("accuracy", "confidence", "ece", "nll", "own_nll"), ".4f")
-    title = "Probability of the first choice against how often it is right"
-    if temperature != 1:
-        title += f", temperature {temperature:g}"
-    table = Titled(title, rows)
+    table = Titled("Probability of the first choice against how often it is right", rows)
     output.show({"calibration": table}, formats, as_json, as_csv)
     if plot is not None:
         draw(found, plot)
