@@ -188,7 +188,6 @@ def test_the_plan_of_the_project_is_valid(tmp_path):
         *("comparison", "comparison_long", "comparison_wikitext2"),
         *("comparison_modes", "recipe_wikitext2", "low_resource", "comparison_wikitext2_long"),
         *("controls_wikitext2_long", "low_resource_rivals", "low_resource_averaged"),
-        "comparison_wikitext2_longer",
     }
     # All settings of neighbours, which `past` does not read, so that no run changes with a default.
     neighbours = [run for run in runs if run.criterion == "self_kd" and "past" not in run.train]
