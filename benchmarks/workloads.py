@@ -118,7 +118,7 @@ class Training:
         if name == PAST:
             self.folder = tempfile.TemporaryDirectory()  # removed with the training
             layout = TextLayout(np.full(*self.sample["target"].shape), "benchmark")
-            self.criterion._past = PastPredictions(Path(self.folder.name, "past"), layout, 8)
+            self.criterion.source._past = PastPredictions(Path(self.folder.name, "past"), layout, 8)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

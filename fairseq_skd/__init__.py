@@ -9,10 +9,12 @@ import importlib.util
 from fairseq_skd.linear_loss import LinearLosses, self_kd_linear_cross_entropy
 from fairseq_skd.loss import Losses, TopWords, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import Neighbors, nearest_neighbors
-from fairseq_skd.past import PastPredictions, TextLayout
+from fairseq_skd.past import PastPredictions
 from fairseq_skd.schedule import self_kd_weight
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget, automatic_sigma, soft_target
+from fairseq_skd.stored import StoredTargets, write_stored_targets
 from fairseq_skd.version import __version__
+from fairseq_skd.word_file import TextLayout
 
 if importlib.util.find_spec("fairseq") is not None:
     import fairseq_skd.criterion  # noqa: F401  (registers the criterion)
@@ -24,6 +26,7 @@ __all__ = [
     "PastPredictions",
     "SelfTeacher",
     "SoftTarget",
+    "StoredTargets",
     "TextLayout",
     "TopWords",
     "__version__",
@@ -34,4 +37,5 @@ __all__ = [
     "self_kd_linear_cross_entropy",
     "self_kd_weight",
     "soft_target",
+    "write_stored_targets",
 ]

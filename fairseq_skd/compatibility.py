@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary, LanguagePairDataset, MonolingualDataset
+from fairseq.data import BucketPadLengthDataset, Dictionary, LanguagePairDataset, MonolingualDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.models import BaseFairseqModel
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
@@ -25,8 +25,8 @@ from fairseq.trainer import Trainer
 from torch.torch_version import TorchVersion
 
 from fairseq_skd.checkpoints import faults_of_the_loader
-from fairseq_skd.past import TextLayout
 from fairseq_skd.schedule import TrainingLength
+from fairseq_skd.word_file import TextLayout
 
 __all__ = [
     "allow_fairseqs_checkpoints",
@@ -36,10 +36,12 @@ __all__ = [
     "machine",
     "ordinary_words",
     "remember_words_from_files",
+    "shards",
     "target_side_words",
     "tell_criteria_of_updates",
     "text_layout",
     "training_length",
+    "training_set",
     "unwrap",
 ]
 
@@ -235,10 +237,10 @@ def target_side_words(task: Any) -> Optional[np.ndarray]:
     numpy.ndarray or None
         int64, ascending; None if it is not known.
     """
-    pairs = _training_set(task)
+    pairs = training_set(task)
     if not isinstance(pairs, LanguagePairDataset) or pairs.src_dict != pairs.tgt_dict:
         return None
-    if len(utils.split_paths(getattr(task.cfg, "data", None) or "")) != 1:
+    if shards(task) != 1:
         return None
     counts = np.zeros(len(pairs.tgt_dict), dtype=np.int64)
     for indexed in _indexed_files(pairs.tgt):
@@ -250,7 +252,8 @@ def target_side_words(task: Any) -> Optional[np.ndarray]:
     return np.flatnonzero(counts)
 
 
-def _training_set(task: Any) -> Any:
+def training_set(task: Any) -> Any:
+    """Return the training set that is loaded, None if there is none."""
     # Which one it is only the trainer knows: see `tell_criteria_of_updates`.
     return getattr(task, "datasets", {}).get(getattr(task, "self_kd_train_subset", "train"))
 
@@ -279,32 +282,47 @@ def _indexed_files(dataset: Any) -> Iterator[Optional[MMapIndexedDataset]]:
         yield None
 
 
-def text_layout(task: Any) -> TextLayout:
+def shards(task: Any) -> int:
+    """Return in how many parts the data is, of which every epoch has another one."""
+    data = getattr(getattr(task, "cfg", None), "data", None) or ""
+    return len(utils.split_paths(data))
+
+
+def text_layout(task: Any, candidates: str) -> TextLayout:
     """Return the lengths of the training text that is loaded, and a fingerprint of it.
+
+    What only pads batches does not count: ``--num-batch-buckets``, ``--required-seq-len-multiple``.
+
+    Parameters
+    ----------
+    task : FairseqTask
+        With its training set loaded.
+    candidates : str
+        What it is for, for the message.
 
     Raises
     ------
     ValueError
-        If a sentence has no place of its own: another kind of data set, or one in shards, of which
-        every epoch has another.
+        If a sentence has no place of its own, or words are not where it has them.
     """
-    dataset = _training_set(task)
-    data = getattr(getattr(task, "cfg", None), "data", None) or ""
+    dataset = training_set(task)
     reason = None
     if isinstance(dataset, LanguagePairDataset):
         lengths, text, dictionary = dataset.tgt_sizes, dataset.tgt, dataset.tgt_dict
+        if isinstance(text, BucketPadLengthDataset):
+            lengths, text = text.dataset.sizes, text.dataset
         if dataset.left_pad_target:
             reason = "--left-pad-target is on, and it must be off"
     elif isinstance(dataset, MonolingualDataset):
         lengths, text, dictionary = dataset.sizes, dataset.dataset, dataset.tgt_vocab
+        if getattr(dataset, "add_bos_token", False):
+            reason = "--add-bos-token is on, which moves the words"
     else:
         reason = f"the training data is a {type(dataset).__name__}"
-    if reason is None and len(utils.split_paths(data)) != 1:
-        reason = "the training data is in shards, so that every epoch has another text"
     if reason is not None:
         raise ValueError(
-            f"--self-kd-candidates is past; allowed: neighbors, prediction, both, since {reason}. "
-            "`past` needs pairs of sentences or blocks of one text, in one piece"
+            f"--self-kd-candidates is {candidates}; allowed: neighbors, prediction, both, since "
+            f"{reason}. `{candidates}` needs pairs of sentences or blocks of one text"
         )
     digest = hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
     digest.update("\n".join(dictionary.symbols).encode())

@@ -1,16 +1,25 @@
 """The fairseq criterion: label-smoothed cross-entropy with self-knowledge distillation."""
 
-import atexit
-import functools
 import logging
 import math
 from collections import deque
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import (
+    Any,
+    ClassVar,
+    Deque,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    Union,
+)
 
-import numpy as np
-import torch
 from fairseq import metrics
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -18,7 +27,6 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.dataclass import ChoiceEnum
-from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 
 from fairseq_skd import compatibility
@@ -31,11 +39,11 @@ from fairseq_skd.output_projection import (
     UnsupportedModelError,
     find_output_projection,
 )
-from fairseq_skd.past import PastPredictions
-from fairseq_skd.schedule import UNKNOWN, TrainingLength, derived_schedule
+from fairseq_skd.schedule import UNKNOWN, TrainingLength
 from fairseq_skd.schedule import self_kd_weight as weight_at
 from fairseq_skd.self_check import check_linear_loss, check_loss, soft_target_of
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
+from fairseq_skd.sources import SOURCES, Batch, Host, Source, Text
 
 __all__ = ["SelfKDCriterion", "SelfKDCriterionConfig", "options_of"]
 
@@ -72,10 +80,10 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     self_kd_candidates: ChoiceEnum(("auto", *TEACHERS)) = field(  # type: ignore[valid-type]
         default="auto",
         metadata={
-            "help": "words that share the target's probability: those to which the model gave most "
-            "when it last saw the sentence (past), the target's nearest neighbors in the output "
-            "projection, the model's prediction, or both of these; auto is past for translation, "
-            "and neighbors for other tasks"
+            "help": "words that share the target's probability: the target's nearest neighbors in "
+            "the output projection (also auto), the model's prediction, or both of these; those to "
+            "which the model gave most when it last saw the sentence (past); those of finished "
+            "models, from the file of --self-kd-teacher (stored)"
         },
     )
     self_kd_top_k: int = field(
@@ -112,13 +120,17 @@ class SelfKDCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
             "for self_kd_past.bin in --save-dir; on several machines each adds its name"
         },
     )
+    self_kd_teacher: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "file of stored, written by fairseq-skd teach; with data in shards one for "
+            "each, with colons between. It is read and never written"
+        },
+    )
 
 
-def options_of(cfg: Any, task: Any) -> SelfKDOptions:
+def options_of(cfg: Any) -> SelfKDOptions:
     """Return the options of a criterion's configuration; what an older run lacks is the default.
-
-    Candidates that are ``auto`` are those that have helped in tasks of this kind (docs/results.md):
-    the past in translation, the nearest neighbors elsewhere, in language modelling that is.
 
     Raises
     ------
@@ -132,8 +144,8 @@ def options_of(cfg: Any, task: Any) -> SelfKDOptions:
         values[f.name] = getattr(cfg, name, getattr(default, name))
     for choice in ("candidates", "similarity"):
         values[choice] = str(values[choice])  # fairseq's ChoiceEnum
-    if values["candidates"] == "auto":
-        values["candidates"] = "past" if isinstance(task, TranslationTask) else "neighbors"
+    if values["candidates"] == "auto":  # needs no file, and has no exception
+        values["candidates"] = "neighbors"
     for name, kind, allowed in (
         ("sigma", float, "a positive number"),
         ("start_update", int, "0 or more updates"),
@@ -143,15 +155,6 @@ def options_of(cfg: Any, task: Any) -> SelfKDOptions:
         values[name] = parse_number(option, values[name], kind, allowed)
     values["past_file"] = None if values["past_file"] == "auto" else values["past_file"]
     return SelfKDOptions(**values)
-
-
-class _Taught:
-    """A projection, its teacher, and for which interval of updates that was last refreshed."""
-
-    def __init__(self, owner: Any, teacher: SelfTeacher) -> None:
-        self.owner = owner  # kept alive, so that no other one gets its id
-        self.teacher = teacher
-        self.interval = -1
 
 
 @register_criterion("self_kd", dataclass=SelfKDCriterionConfig)
@@ -188,10 +191,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         If an option is not allowed.
     """
 
-    #: What makes the soft targets; a subclass may have another teacher.
-    teacher_class = SelfTeacher
-    #: What keeps the past.
-    past_class = PastPredictions
+    #: Where soft targets come from, by the candidates; a subclass may have others.
+    sources: ClassVar[Mapping[str, Type[Source]]] = SOURCES
 
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(
@@ -199,20 +200,19 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         )
         if not 0 <= cfg.label_smoothing <= 1:
             raise ValueError(f"--label-smoothing is {cfg.label_smoothing}; allowed: 0 to 1")
-        self.options = options_of(cfg, task)
+        self.options = options_of(cfg)
         if getattr(task, "target_dictionary", None) is None:
             raise ValueError(f"self_kd needs a target dictionary; {type(task).__name__} has none")
+        self.source = self.sources[self.options.candidates](self.options, self._host())
         if getattr(task, "dicts", None) is None:  # one a language: which, the model will show
-            self._check_top_k(len(compatibility.ordinary_words(task.target_dictionary)))
-        self._taught: Dict[int, _Taught] = {}
-        self._past: Optional[PastPredictions] = None
+            self.source.check_words(len(compatibility.ordinary_words(task.target_dictionary)))
         self._checked: Set[Tuple[str, bool]] = set()
         self._num_updates: Optional[int] = None
         start, ramp = self.options.start_update, self.options.ramp_updates
         self._schedule = None if start is None or ramp is None else (start, ramp)
-        self._sentences: Deque[Optional[np.ndarray]] = deque()
+        self._texts: Deque[Optional[Text]] = deque()
         self._save_dir: Optional[str] = None
-        logger.info(self.options.signature())
+        logger.info(self.options.signature(self.source.described()))
 
     def begin_update(
         self,
@@ -229,8 +229,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             Parameter updates done so far: what the schedule follows.
         samples : sequence of dict
             The batches of this update as they are loaded, in the order of the forward passes; an
-            empty one stands for a dummy batch. For `past` they say which sentences these are
-            without waiting for a GPU.
+            empty one stands for a dummy batch. For `past` and `stored` they say which sentences
+            these are without waiting for a GPU.
         save_dir : str, optional
             The run's folder.
         length : TrainingLength, optional
@@ -240,11 +240,11 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if self._schedule is None:
             self._schedule = self._derive(length)
         self._save_dir = save_dir
-        if self.options.candidates == "past":
-            self._sentences = deque(
-                sample["id"].cpu().numpy() if isinstance(sample, dict) and "id" in sample else None
-                for sample in samples
-            )
+        if self.source.needs_text and samples:
+            self.source.open(num_updates)
+            self._texts = deque(map(self._text_of, samples))
+            for text in filter(None, self._texts):
+                self.source.expect(text)
 
     def forward(
         self, model: Any, sample: Dict[str, Any], reduce: bool = True
@@ -271,7 +271,9 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         """
         if not (self.training and model.training):
             return self._evaluate(model, sample, reduce)
-        sentences = self._which_sentences(sample)
+        self.source.open(self._updates_done())
+        # Before the model's forward pass: one that runs out of memory takes its own along.
+        text = self._next_text(sample)
         alpha = weight = self._weight()
         projection = self._projection(model)
         together = reduce and projection.features_suffice
@@ -279,21 +281,26 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if not together:
             projection = self._projection(model)  # weight normalisation has just remade it
         target = self._targets(model, net_output, sample)
-        source: Union[SoftTarget, SelfTeacher, None]
-        if self.options.candidates == "past":
-            source = self._past_of(weight, sentences, sample)
-            weight = 0.0 if source is None else weight  # a dummy batch, whose gradient is ignored
-        else:
-            source = self._teacher(weight, projection)
+        batch = Batch(
+            target,
+            sample["target"].size(1),
+            text,
+            self._updates_done(),
+            weight,
+            projection.weight,
+            projection.dictionary,
+            projection.owner,
+        )
+        source = self.source.targets(batch)
+        weight = 0.0 if source is None else weight  # a dummy batch, whose gradient is ignored
         if together:
             result, top = self._linear_loss(net_output, target, weight, projection, source)
         else:
             result, top = self._loss(model, net_output, target, weight, projection, source)
             if reduce:
                 result = {name: value.sum() for name, value in result.items()}
-        if top is not None and sentences is not None:
-            width = sample["target"].size(1)
-            self._past_predictions().write(sentences, width, top, self._updates_done())
+        if top is not None:
+            self.source.note(batch, top)
         if alpha == 0:
             del result["self_kd_loss"], result["self_kd_mass"]
         positions = target.ne(self.padding_idx).sum()
@@ -424,7 +431,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     def _derive(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
         """Return start and ramp, those that were given and derived ones, and log them."""
         options = self.options
-        start, ramp = derived_schedule(options.candidates, length)
+        start, ramp = self.source.schedule(length)
         start = start if options.start_update is None else options.start_update
         ramp = ramp if options.ramp_updates is None else options.ramp_updates
         source = "no length of the training" if length is None else length.source
@@ -451,115 +458,47 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     def _projection(self, model: Any) -> OutputProjection:
         return find_output_projection(model, self.task.target_dictionary)
 
-    def _teacher(self, weight: float, projection: OutputProjection) -> Optional[SelfTeacher]:
-        """Return the projection's teacher, with neighbours as fresh as the update number asks for.
+    def _recorded_words(self) -> int:
+        """How many words of every position the source takes note of."""
+        notes = self.training and self.source.notes and self.options.weight > 0
+        return self.options.top_k if notes else 0
 
-        It is made at the first batch, so that settings that cannot work are refused then, and
-        refreshed when there is something to teach. A table belongs to a projection and an interval
-        of update numbers: all workers measure it at the same update, and the passes of one update
-        share it, also those of several models with one projection.
-        """
-        if self.options.weight == 0:
+    def _next_text(self, sample: Dict[str, Any]) -> Optional[Text]:
+        """Return which sentences a batch has; None for a dummy batch, or if nobody asks."""
+        if not self.source.needs_text or self.options.weight == 0:
             return None
-        taught = self._taught.get(id(projection.owner))
-        if taught is None:
-            teacher = self._new_teacher(projection)
-            taught = self._taught[id(projection.owner)] = _Taught(projection.owner, teacher)
-        if weight == 0:
-            return None
-        interval = self._updates_done() // self.options.refresh_interval
-        if interval != taught.interval:
-            if taught.interval < 0:
-                logger.info(
-                    f"self_kd: distillation has begun; at update {self._updates_done()} the "
-                    f"neighbors of {len(projection.weight)} words are measured for the first time"
-                )
-            taught.teacher.refresh(projection.weight)
-            taught.interval = interval
-        return taught.teacher
+        if self._texts:
+            return self._texts.popleft()
+        return self._text_of(sample)  # waits for the device: a loop of one's own
 
-    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
-        options, dictionary = self.options, projection.dictionary
-        eligible, on_target_side = compatibility.eligible_words(dictionary, self.task)
-        self._check_top_k(len(eligible))
-        side = " (joined dictionary: those of the target side)" if on_target_side else ""
-        logger.info(f"self_kd: {len(eligible)} of {len(dictionary)} words are eligible{side}")
-        return self.teacher_class(
-            candidates=options.candidates,
-            top_k=options.top_k,
-            similarity=options.similarity,
-            sigma=options.sigma,
-            sigma_scale=options.sigma_scale,
-            max_mass=options.max_mass,
-            eligible=torch.from_numpy(eligible).to(projection.weight.device),
+    def _text_of(self, sample: Any) -> Optional[Text]:
+        if not isinstance(sample, dict) or "id" not in sample:
+            return None
+        sentences = sample["id"].cpu().numpy()
+        words = sample["target"][: len(sentences)].ne(self.padding_idx).sum(1)
+        return Text(sentences, words.cpu().numpy())
+
+    def _host(self) -> Host:
+        """Return what sources may ask of fairseq."""
+        task = self.task
+        return Host(
+            say=lambda line: logger.info(f"self_kd: {line}"),
+            eligible=lambda dictionary: compatibility.eligible_words(dictionary, task),
+            data=lambda: compatibility.training_set(task),
+            layout=lambda candidates: compatibility.text_layout(task, candidates),
+            shards=lambda: compatibility.shards(task),
+            place=self._place,
+            machine=compatibility.machine,
+            first_alone=compatibility.first_alone,
+            skip=self.ignore_prefix_size,
         )
 
-    def _check_top_k(self, num_eligible: int) -> None:
-        if self.options.top_k >= num_eligible:
-            raise ValueError(
-                f"--self-kd-top-k is {self.options.top_k}; allowed: 1 to {num_eligible - 1}, since "
-                f"{num_eligible} words of the target dictionary can be neighbors (special symbols "
-                "and words that never occur in the target language cannot)"
+    def _place(self, name: str) -> Path:
+        if self._save_dir is None:
+            raise RuntimeError(
+                "self_kd does not know the folder of the run; pass --self-kd-past-file"
             )
-
-    def _recorded_words(self) -> int:
-        """How many words of every position are kept for the next time."""
-        records = self.training and self.options.candidates == "past" and self.options.weight > 0
-        return self.options.top_k if records else 0
-
-    def _which_sentences(self, sample: Dict[str, Any]) -> Optional[np.ndarray]:
-        """Return the indices of a batch's sentences, for `past`; None for a dummy batch.
-
-        Before the model's forward pass, so that one that runs out of memory takes its own along.
-        """
-        if not self._recorded_words():
-            return None
-        self._past_predictions()  # of every process at once, also of one with a dummy batch
-        if self._sentences:
-            return self._sentences.popleft()
-        return sample["id"].cpu().numpy()  # waits for the device: a loop of one's own
-
-    def _past_of(
-        self, weight: float, sentences: Optional[np.ndarray], sample: Dict[str, Any]
-    ) -> Optional[SoftTarget]:
-        if weight == 0 or sentences is None:
-            return None
-        target = sample["target"]
-        done = self._updates_done()
-        soft = self._past_predictions().read(sentences, target.size(1), done, target.device)
-        return self._trust(soft, target[:, self.ignore_prefix_size :].reshape(-1))
-
-    def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
-        """Say how far the past is to be believed at every position."""
-        return soft.trusted(target)
-
-    def _past_predictions(self) -> PastPredictions:
-        """Open the file at the first batch: only then all processes are there, and the text."""
-        if self._past is None:
-            path = self.options.past_file
-            if path is None and self._save_dir is None:
-                raise RuntimeError(
-                    "self_kd does not know the folder of the run; pass --self-kd-past-file"
-                )
-            place = Path(path or Path(self._save_dir or "", "self_kd_past.bin"))
-            machine = compatibility.machine()
-            if machine.name:
-                # A network's file system would not keep the memory of two machines the same.
-                place = place.with_name(f"{place.stem}.{machine.name}{place.suffix}")
-            opened = functools.partial(
-                self.past_class,
-                place,
-                compatibility.text_layout(self.task),
-                self.options.top_k,
-                self._updates_done(),
-                self.ignore_prefix_size,
-                lambda line: logger.info(f"self_kd: {line}"),
-                machine.first,
-            )
-            # None writes before those that guard a file have dropped what is of no use.
-            self._past = compatibility.first_alone(machine.first, opened)
-            atexit.register(self._past.flush)  # what is still being copied from a GPU
-        return self._past
+        return Path(self._save_dir, name)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:

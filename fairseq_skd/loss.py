@@ -43,6 +43,9 @@ __all__ = [
 # operation is still in the cache for the next, and half-precision logits are never all widened.
 _BLOCK_BYTES = 16 * 2**20
 
+# What the weights of a soft target may add up to: half precision has 8 to 11 bits.
+_LARGEST_SUM = 1.01
+
 
 class TopWords(NamedTuple):
     """The k words to which the model gives most probability, at every position.
@@ -236,6 +239,12 @@ def check_arguments(
         ]
         if soft_target.share is not None:
             shapes.append(("soft_target.share", soft_target.share.shape, (positions,)))
+        for name, part in zip(soft_target._fields, soft_target):
+            if part is not None and part.requires_grad:
+                raise ValueError(
+                    f"soft_target.{name} requires a gradient, and none reaches it: the soft target "
+                    "is a constant. Pass it detached: .detach()"
+                )
     for name, shape, expected in shapes:
         if tuple(shape) != expected:
             raise ValueError(f"{name} has shape {tuple(shape)}; {expected} is needed")
@@ -261,22 +270,41 @@ def known_targets(target: Tensor, ignore_index: int, num_words: int) -> Tuple[Te
 
 
 def known_soft_target(soft_target: SoftTarget, ignored: Tensor, num_words: int) -> SoftTarget:
-    """Return a soft target without what it holds at positions that do not count.
+    """Return a soft target that is a distribution, and empty at positions that do not count.
+
+    Places with weight 0 hold word 0, and rows that add up to a little more than 1, as half
+    precision rounds them, are divided by their sum.
 
     Raises
     ------
     RuntimeError
-        If an id is no word, as for `known_targets`.
+        If an id with a weight is no word, or the weights or shares are no probabilities: as for
+        `known_targets`.
     """
     rows = ignored.unsqueeze(1)
-    ids = soft_target.ids.masked_fill(rows, 0)
+    weights = soft_target.weights.masked_fill(rows, 0)
+    ids = soft_target.ids.masked_fill(weights == 0, 0)
     torch._assert_async(
         ((ids >= 0) & (ids < num_words)).all(),
-        f"self-KD: an id of the soft target is out of bounds; allowed: 0 to {num_words - 1}",
+        f"self-KD: an id of the soft target is out of bounds; allowed: 0 to {num_words - 1}, and "
+        "any id where the weight is 0",
+    )
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    total = weights.sum(1, dtype=wide)
+    # NaN fails every comparison, and a sum with infinity in it is infinite or NaN.
+    torch._assert_async(
+        (weights >= 0).all() & (total <= _LARGEST_SUM).all(),
+        "self-KD: the weights of the soft target are no distribution: they must be probabilities, "
+        "not negative (of log-probabilities take exp()), finite, and add up to at most 1 in a row",
     )
     share = soft_target.share
-    share = None if share is None else share.masked_fill(ignored, 0)
-    return SoftTarget(ids, soft_target.weights.masked_fill(rows, 0), share)
+    if share is not None:
+        share = share.masked_fill(ignored, 0)
+        torch._assert_async(
+            ((share >= 0) & (share <= _LARGEST_SUM)).all(),
+            "self-KD: a share of the soft target is no number from 0 to 1",
+        )
+    return SoftTarget(ids, weights / total.clamp(min=1).unsqueeze(1), share)
 
 
 def self_kd_cross_entropy(

@@ -6,16 +6,13 @@ probabilities. It costs no second model and no second pass, only a look-up. Afte
 Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets" (ICCV 2021), who keep
 the whole distribution; the k words, and sharing the rest among all, are this project's.
 
-All of it lies in one memory-mapped file, in which every sentence has a place of its own: so it does
-not matter in which order, batch, epoch or process of the machine sentences come.
+It lies in a `word_file`, whose marks are the updates in which sentences were seen.
 """
 
 import fcntl
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -23,31 +20,13 @@ from torch import Tensor
 
 from fairseq_skd.loss import TopWords
 from fairseq_skd.soft_targets import SoftTarget
+from fairseq_skd.word_file import TextLayout, WordFile, WordFileError, head_of, make, pack
 
-__all__ = ["PastError", "PastPredictions", "TextLayout"]
-
-_FORMAT = "fairseq_skd past 1"
-_HEAD_BYTES = 4096
+__all__ = ["PastError", "PastPredictions"]
 
 
-class PastError(RuntimeError):
-    """The file cannot be used or made; the message says what to do."""
-
-
-class TextLayout(NamedTuple):
-    """What decides where a sentence lies in the file.
-
-    Attributes
-    ----------
-    lengths : numpy.ndarray
-        int64: positions of every training sentence (or block of a language model), by its index
-        in the data set.
-    fingerprint : str
-        Of the text and the dictionary: a file with another one is not used.
-    """
-
-    lengths: np.ndarray
-    fingerprint: str
+class PastError(WordFileError):
+    """The file of the past cannot be used or made; the message says what to do."""
 
 
 class _Record(NamedTuple):
@@ -108,83 +87,44 @@ class PastPredictions:
         self.path = path
         self.top_k = top_k
         self.skip = skip
-        self._lengths = layout.lengths.astype(np.int64)
-        self._starts = np.cumsum(self._lengths) - self._lengths
         self._pending: List[_Record] = []
-        sentences, positions = len(self._lengths), int(self._lengths.sum())
-        sizes = {"updates": 4 * sentences, "ids": 4 * top_k * positions}
-        sizes["probabilities"] = 2 * top_k * positions
-        total = _HEAD_BYTES + sum(sizes.values())
-        head: Dict[str, object] = {"format": _FORMAT, "fingerprint": layout.fingerprint}
+        head: Dict[str, Any] = {"kind": "past", "text": layout.fingerprint}
         head.update(top_k=top_k, skip=skip)
+        advice = "--self-kd-past-file takes another place"
         try:
             if guards:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _guard(path)  # before anything in it is changed
-            if _head_of(path) == head and path.stat().st_size == total:
+            found = head_of(path)
+            if found is not None and {name: found.get(name) for name in head} == head:
                 say(f"going on with {path}")
-            elif guards:
-                say(self._make(path, head, total))
-            else:
+            elif not guards:
                 raise PastError(f"{path} is not what the first process of this run has made")
-            places = self._map(path, sizes, positions)
-            self._updates, self._ids, self._probabilities = places
-            lost = self._updates > num_updates
-            if guards and lost.any():
-                self._updates[lost] = 0
-                say(
-                    f"{lost.sum()} of {sentences} sentences in it were seen after update "
-                    f"{num_updates}, from where this run goes on: their past is dropped"
-                )
+            elif found is not None and found.get("kind") != "past":
+                raise WordFileError(f"{path} holds the words of a teacher, and is left alone")
+            else:
+                was = ""
+                if found is not None:
+                    was = " (what was there belongs to another text, dictionary, k or prefix)"
+                    path.unlink()  # makes room; processes that still have it keep it
+                smaller = f"{advice}, and a smaller --self-kd-top-k less of it"
+                say(make(path, head, layout.lengths, smaller) + was)
+            self.file = WordFile(path, writable=True)
         except OSError as error:
             raise PastError(
-                f"{path} cannot be used for the model's past predictions: {error}. "
-                "--self-kd-past-file takes another place"
+                f"{path} cannot be used for the model's past predictions: {error}. {advice}"
             ) from error
-
-    def _make(self, path: Path, head: Dict[str, object], total: int) -> str:
-        was = ""
-        if path.exists():
-            was = " (what was there belongs to another text, dictionary, k or prefix)"
-            path.unlink()  # makes room; processes that still have it keep it
-        free = shutil.disk_usage(path.parent).free
-        needed = f"{total / 1e9:.2f} GB ({len(self._lengths)} sentences, k = {self.top_k})"
-        if total > free:
-            raise PastError(
-                f"the model's past predictions need {needed}, and {path.parent} has "
-                f"{free / 1e9:.2f} GB free; --self-kd-past-file takes another place, and a smaller "
-                "--self-kd-top-k less of it"
+        except PastError:
+            raise
+        except WordFileError as error:
+            raise PastError(f"{error} ({advice})") from error
+        lost = self.file.marks > num_updates
+        if guards and lost.any():
+            self.file.marks[lost] = 0
+            say(
+                f"{lost.sum()} of {len(lost)} sentences in it were seen after update "
+                f"{num_updates}, from where this run goes on: their past is dropped"
             )
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(json.dumps(head).encode().ljust(_HEAD_BYTES))
-                # Reserved now, so that it cannot run out in the middle of the training.
-                os.posix_fallocate(file.fileno(), 0, total)
-            partial.replace(path)
-        finally:
-            if partial.exists():  # something went wrong
-                partial.unlink()
-        return f"{path} made for {needed}; {free / 1e9:.1f} GB were free{was}"
-
-    def _map(
-        self, path: Path, sizes: Dict[str, int], positions: int
-    ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shape = positions, self.top_k
-        offset = _HEAD_BYTES
-        arrays = []
-        for name, kind, form in (
-            ("updates", np.uint32, (len(self._lengths),)),
-            ("ids", np.int32, shape),
-            ("probabilities", np.float16, shape),
-        ):
-            if 0 in form:  # nothing can be mapped there
-                arrays.append(np.zeros(form, kind))
-            else:
-                arrays.append(np.memmap(path, kind, "r+", offset, form))
-            offset += sizes[name]
-        updates, ids, probabilities = arrays
-        return updates, ids, probabilities
 
     def read(
         self,
@@ -215,21 +155,14 @@ class PastPredictions:
 
         Raises
         ------
-        PastError
-            If the batch is longer or shorter than its sentences.
+        WordFileError
+            If the batch is narrower than its sentences.
         """
         self.flush()
-        rows, real = self._rows(sentences, width)
-        updates = self._updates[sentences]
-        seen = ((updates > 0) & (updates <= num_updates))[:, None] & real
-        ids = np.where(seen[..., None], self._ids[rows], 0).reshape(-1, self.top_k)
-        probabilities = np.where(seen[..., None], self._probabilities[rows], 0)
-        arrays = (
-            ids.astype(np.int64),
-            probabilities.reshape(-1, self.top_k).astype(np.float32),
-            seen.reshape(-1).astype(np.float32),
-        )
-        return SoftTarget(*(_to(torch.from_numpy(array), device) for array in arrays))
+        records = self.file.records(sentences, width, self.skip)
+        updates = self.file.marks[sentences]
+        seen = ((updates > 0) & (updates <= num_updates))[:, None] & records.real
+        return self.file.read(records, seen, device, share=lambda found: found)
 
     def write(self, sentences: np.ndarray, width: int, top: TopWords, num_updates: int) -> None:
         """Record what the model gives to the words of a batch now.
@@ -266,52 +199,16 @@ class PastPredictions:
             if record.event is not None:
                 # Of the batch before. At most its forward pass is waited for.
                 record.event.synchronize()
-            rows, real = self._rows(record.sentences, record.width)
+            rows, real = self.file.records(record.sentences, record.width, self.skip)
             shape = (*rows.shape, self.top_k)
             probabilities = record.probabilities.numpy().reshape(shape)
-            self._updates[record.sentences] = 0
-            self._ids[rows[real]] = record.ids.numpy().reshape(shape)[real]
-            self._probabilities[rows[real]] = probabilities[real]
+            ids = record.ids.numpy().reshape(shape)
+            self.file.marks[record.sentences] = 0
+            self.file.words[rows[real]] = pack(ids[real], probabilities[real])
             # What has overflowed must not come back an epoch later.
             finite = (np.isfinite(probabilities).all(2) | ~real).all(1)
-            self._updates[record.sentences] = np.where(finite, record.num_updates + 1, 0)
+            self.file.marks[record.sentences] = np.where(finite, record.num_updates + 1, 0)
         self._pending.clear()
-
-    def _rows(self, sentences: np.ndarray, width: int) -> Tuple[np.ndarray, np.ndarray]:
-        """Return the file's row of every position (B x T), and whether there is one."""
-        lengths = self._lengths[sentences]
-        if len(sentences) and lengths.max() != width:
-            raise PastError(
-                f"a batch has {width} positions a sentence, and its longest one {lengths.max()} in "
-                "the data set: --self-kd-candidates past needs text that is the same in every "
-                "epoch, as long as in the data set (no --add-bos-token or "
-                "--required-seq-len-multiple)"
-            )
-        places = np.arange(self.skip, max(width, self.skip))
-        real = places < lengths[:, None]
-        return np.where(real, self._starts[sentences][:, None] + places, 0), real
-
-
-def _to(tensor: Tensor, device: Optional[torch.device]) -> Tensor:
-    if device is None or device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _head_of(path: Path) -> Optional[Dict[str, object]]:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        try:
-            head = json.loads(file.read(_HEAD_BYTES))
-        except ValueError:
-            head = None
-    if not isinstance(head, dict) or head.get("format") != _FORMAT:
-        raise PastError(
-            f"{path} is not a file of past predictions, so it is left alone; --self-kd-past-file "
-            "takes another place"
-        )
-    return head
 
 
 #: The locks of this process, by process, device and inode. They are open until it ends: closing a

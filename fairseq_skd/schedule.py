@@ -1,8 +1,8 @@
 """How much of the loss is self-knowledge distillation, from the update number alone."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional
 
-__all__ = ["UNKNOWN", "TrainingLength", "derived_schedule", "self_kd_weight"]
+__all__ = ["UNKNOWN", "TrainingLength", "self_kd_weight"]
 
 # Start and ramp, in updates, of a training whose length nobody knows.
 UNKNOWN = 1000, 1000
@@ -24,27 +24,6 @@ class TrainingLength(NamedTuple):
     updates: Optional[int]
     warmup_updates: int
     source: str
-
-
-def derived_schedule(candidates: str, length: Optional[TrainingLength]) -> Tuple[int, int]:
-    """Return start and ramp, in updates, as they were when they were measured: docs/results.md.
-
-    `past` grows through all of the training, and nothing can be learnt from a sentence before it
-    has been seen. Neighbours mean nothing until the words have found their places: they begin after
-    a quarter of the training, and not before the end of the warm-up, with a ramp of a twelfth.
-
-    Parameters
-    ----------
-    candidates : str
-        See `SelfKDOptions`.
-    length : TrainingLength, optional
-        None, or one without an end, gives 1,000 updates each.
-    """
-    if length is None or length.updates is None:
-        return UNKNOWN
-    if candidates == "past":
-        return 0, length.updates
-    return max(length.warmup_updates, length.updates // 4), length.updates // 12
 
 
 def self_kd_weight(

@@ -26,10 +26,10 @@ class SoftTarget(NamedTuple):
     ----------
     ids : Tensor
         int64, N x C, 0 to V - 1. A word may stand in several columns, which add up. A place
-        without a word holds any id with weight 0.
+        without a word holds any id, -1 and -100 too, with weight 0.
     weights : Tensor
-        Floating point, N x C, not negative, without gradient. Rows sum to at most 1; what is left
-        is shared by all V words alike.
+        Floating point, N x C: probabilities, not negative, without gradient. Rows sum to at most 1;
+        what is left is shared by all V words alike.
     share : Tensor, optional
         N, 0 to 1: a factor on ``weight`` (alpha) at every position, 0 where there is nothing to
         learn from. Default: 1 everywhere.

@@ -30,7 +30,7 @@ def registered():
 
 
 def teacher_of(built):
-    (taught,) = built.criterion._taught.values()
+    (taught,) = built.criterion.source.taught.values()
     return taught.teacher
 
 
@@ -306,7 +306,7 @@ def test_the_past_can_be_an_average_of_the_epochs(build, train_step, tmp_path):
             likeliest = sorted(now, key=now.get, reverse=True)[:k]
             expected[position] = {j: now[j] for j in likeliest}
         train_step(built, sample, update)
-        recorded = built.criterion._past.read(sample["id"].numpy(), width, update + 1)
+        recorded = built.criterion.source.past.read(sample["id"].numpy(), width, update + 1)
         for position in real.nonzero().flatten().tolist():
             found = zip(recorded.ids[position].tolist(), recorded.weights[position].tolist())
             assert dict(found) == pytest.approx(expected[position], rel=3e-3)

@@ -16,8 +16,10 @@ from fairseq_skd import (
     self_kd_weight,
     soft_target,
 )
-from fairseq_skd.schedule import TrainingLength, derived_schedule
+from fairseq_skd.options import SelfKDOptions
+from fairseq_skd.schedule import TrainingLength
 from fairseq_skd.soft_targets import CANDIDATES
+from fairseq_skd.sources import SOURCES
 
 # Five words on a line, at 0, 1, 3, 3.5 and 10.
 LINE = torch.tensor([[0.0], [1.0], [3.0], [3.5], [10.0]])
@@ -40,12 +42,13 @@ class TestSchedule:
             ("prediction", 6000, 2000, (2000, 500)),
             ("both", 1007, 0, (251, 83)),  # whole updates
             ("past", None, 500, (1000, 1000)),
+            ("stored", 6000, 500, (0, 0)),
         ],
     )
     def test_derived_from_the_length(self, candidates, updates, warmup, expected):
-        length = TrainingLength(updates, warmup, "somewhere")
-        assert derived_schedule(candidates, length) == expected
-        assert derived_schedule(candidates, None) == (1000, 1000)
+        source = SOURCES[candidates](SelfKDOptions(), None)
+        assert source.schedule(TrainingLength(updates, warmup, "somewhere")) == expected
+        assert source.schedule(None) == ((0, 0) if candidates == "stored" else (1000, 1000))
 
 
 class TestNeighborsByHand:

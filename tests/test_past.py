@@ -15,7 +15,8 @@ from fairseq.data import LanguagePairDataset
 from fairseq_skd import compatibility
 from fairseq_skd.compatibility import text_layout
 from fairseq_skd.loss import TopWords
-from fairseq_skd.past import PastError, PastPredictions, TextLayout
+from fairseq_skd.past import PastError, PastPredictions
+from fairseq_skd.word_file import TextLayout, WordFileError
 from tests.conftest import TINY, TINY_LM
 from tests.test_criterion import LANGUAGE_MODELS, MODELS, NOW, assert_same_gradients
 
@@ -92,11 +93,11 @@ def test_a_kill_while_a_record_is_written_costs_that_record_alone(tmp_path, monk
     class Killed(BaseException):
         pass
 
-    class DyingArray(np.memmap):
+    class DyingArray(np.ndarray):
         def __setitem__(self, key, value):
             raise Killed
 
-    past._probabilities = past._probabilities.view(DyingArray)
+    past.file.words = past.file.words.view(DyingArray)
     with pytest.raises(Killed):
         past.write(np.array([2]), 4, words(4, 2, 3), num_updates=2)
     again = PastPredictions(tmp_path / "past", LAYOUT, 2, num_updates=9)
@@ -106,21 +107,26 @@ def test_a_kill_while_a_record_is_written_costs_that_record_alone(tmp_path, monk
 
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     (tmp_path / "letter").write_text("Dear reader")
-    with pytest.raises(PastError, match="letter is not a file of past predictions"):
+    with pytest.raises(PastError, match="letter is no file of words and probabilities"):
         PastPredictions(tmp_path / "letter", LAYOUT, 2)
     assert (tmp_path / "letter").read_text() == "Dear reader"
     (tmp_path / "json").write_text(json.dumps({"format": "mine"}))
-    with pytest.raises(PastError, match="json is not a file of past predictions"):
+    with pytest.raises(PastError, match="json is no file of words and probabilities"):
         PastPredictions(tmp_path / "json", LAYOUT, 2)
-    with pytest.raises(PastError, match=r"need 6\d*\.\d\d GB .* k = 2\).* GB free"):
+    (tmp_path / "former").write_text(json.dumps({"format": "fairseq_skd past 1"}).ljust(4096))
+    with pytest.raises(PastError, match=r"former was written by version 0\.1 .* Remove it"):
+        PastPredictions(tmp_path / "former", LAYOUT, 2)
+    with pytest.raises(PastError, match=r"needs 6\d*\.\d\d GB .* k = 2\).* GB free"):
         PastPredictions(tmp_path / "large", LAYOUT._replace(lengths=np.array([5 * 10**12])), 2)
     assert not (tmp_path / "large").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(PastError, match="--self-kd-past-file takes another place"):
         PastPredictions(tmp_path / "file" / "past", LAYOUT, 2)
     past = PastPredictions(tmp_path / "past", LAYOUT, 2)
-    with pytest.raises(PastError, match="has 5 positions a sentence, and its longest one 4 in"):
-        past.read(np.array([2]), 5, 9)
+    with pytest.raises(WordFileError, match="has 3 positions a sentence, and its longest one 4"):
+        past.read(np.array([2]), 3, 9)
+    with pytest.raises(WordFileError, match="sentence 5 is not in .*, which has 5"):
+        past.read(np.array([5]), 3, 9)
 
 
 IN_USE = """
@@ -129,7 +135,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq_skd.past import PastError, PastPredictions, TextLayout
+from fairseq_skd.past import PastError, PastPredictions
+from fairseq_skd.word_file import TextLayout
 
 layout = TextLayout(np.array([3, 1, 4, 0, 2]), sys.argv[2])
 try:
@@ -210,7 +217,8 @@ def test_the_first_process_makes_the_file_before_the_others_open_it(tmp_path):
 def test_the_file_takes_six_bytes_a_word(tmp_path):
     lengths = np.full(1000, 20)
     PastPredictions(tmp_path / "past", TextLayout(lengths, "x"), 8)
-    assert os.path.getsize(tmp_path / "past") == 4096 + 4 * 1000 + 6 * 8 * 20_000
+    words, sentences = 6 * 8 * 20_000, 8 * 1001 + 4 * 1000
+    assert os.path.getsize(tmp_path / "past") == 2**16 + words + sentences
 
 
 def by_definition(built, sample, before, weight, k=4, epsilon=0.1, prefix=0):
@@ -323,9 +331,9 @@ def test_validation_is_not_recorded(build, tmp_path):
 
 
 def test_the_fingerprint_is_of_the_text_and_the_dictionary(build):
-    layout = text_layout(build(*MODELS["transformer"]).task)
-    again = text_layout(build(*MODELS["transformer"]).task)
-    joined = text_layout(build(*MODELS["transformer"], data="joined").task)
+    layout = text_layout(build(*MODELS["transformer"]).task, "past")
+    again = text_layout(build(*MODELS["transformer"]).task, "past")
+    joined = text_layout(build(*MODELS["transformer"], data="joined").task, "past")
     assert layout.fingerprint == again.fingerprint != joined.fingerprint
     assert (layout.lengths == joined.lengths).all()
     assert isinstance(build(*MODELS["transformer"]).task.dataset("train"), LanguagePairDataset)
@@ -338,7 +346,7 @@ def test_the_fingerprint_is_of_the_text_and_the_dictionary(build):
         (
             ["--arch", "transformer_lm", *TINY_LM, "--add-bos-token"],
             True,
-            "same in every epoch",
+            "add-bos-token is on",
         ),
     ],
 )

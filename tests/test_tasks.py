@@ -139,7 +139,7 @@ def test_language_tags_are_no_neighbors(training, caplog):
     dictionary = trainer.task.dicts["en"]
     assert dictionary.symbols[-3:] == ["__de__", "__en__", "__fr__"]
     shares(trainer, batches, 1)
-    (taught,) = trainer.get_criterion()._taught.values()
+    (taught,) = trainer.get_criterion().source.taught.values()
     eligible = {dictionary[i] for i in taught.teacher.eligible.tolist()}
     assert not any(symbol.startswith(("__", "madeup", "<")) for symbol in eligible)
     assert {"d1", "f1", "t1"} <= eligible

@@ -34,7 +34,7 @@ blocks with the projection. All but ``self_kd_uniform`` and those of the past ar
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
 
 import numpy as np
 import torch
@@ -48,6 +48,27 @@ from fairseq_skd.loss import TopWords
 from fairseq_skd.output_projection import OutputProjection
 from fairseq_skd.past import PastPredictions
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
+from fairseq_skd.sources import SOURCES, Batch, NeighborsSource, PastSource, Source
+
+
+def taught_by(
+    teacher: Type[SelfTeacher], ready: Callable[[Any, Batch], None] = lambda teacher, batch: None
+) -> Mapping[str, Type[Source]]:
+    """Return the sources of a criterion whose neighbours are another teacher's.
+
+    ``ready`` is called with every new one and the batch for which it is made.
+    """
+
+    class ControlSource(NeighborsSource):
+        teacher_class = teacher
+
+        def new_teacher(self, batch: Batch) -> SelfTeacher:
+            made = super().new_teacher(batch)
+            self.ready(made, batch)
+            return made
+
+    ControlSource.ready = staticmethod(ready)  # type: ignore[attr-defined]
+    return {**SOURCES, "neighbors": ControlSource}
 
 
 class RandomTeacher(SelfTeacher):
@@ -270,44 +291,53 @@ class LogitsCriterion(SelfKDCriterion):
 class BeliefCriterion(LogitsCriterion):
     """The model's own belief in this sentence chooses among the neighbours."""
 
-    teacher_class = BeliefTeacher
+    sources = taught_by(BeliefTeacher)
 
 
 @register_criterion("self_kd_doubt", dataclass=SelfKDCriterionConfig)
 class DoubtCriterion(LogitsCriterion):
     """The mass that a target gives away is in proportion to the model's doubt in it."""
 
-    teacher_class = DoubtTeacher
+    sources = taught_by(DoubtTeacher)
 
 
 @register_criterion("self_kd_kept", dataclass=SelfKDCriterionConfig)
 class KeptCriterion(SelfKDCriterion):
     """The target keeps all that is not given away, label smoothing included."""
 
-    teacher_class = KeptTeacher
+    sources = taught_by(KeptTeacher)
 
 
 @register_criterion("self_kd_past_kept", dataclass=SelfKDCriterionConfig)
 class PastKeptCriterion(SelfKDCriterion):
     """What the words of the past leave goes to the label-smoothed target."""
 
-    def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
-        return kept(super()._trust(soft, target))
+    class _Kept(PastSource):
+        def trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
+            return kept(super().trust(soft, target))
+
+    sources = {**SOURCES, "past": _Kept}
 
 
 @register_criterion("self_kd_past_averaged", dataclass=SelfKDCriterionConfig)
 class PastAveragedCriterion(SelfKDCriterion):
     """The past is an average over the epochs."""
 
-    past_class = AveragedPast
+    class _Averaged(PastSource):
+        past_class = AveragedPast
+
+    sources = {**SOURCES, "past": _Averaged}
 
 
 @register_criterion("self_kd_past_believed", dataclass=SelfKDCriterionConfig)
 class PastBelievedCriterion(SelfKDCriterion):
     """The past counts everywhere alike, however wrong it was."""
 
-    def _trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
-        return soft
+    class _Believed(PastSource):
+        def trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
+            return soft
+
+    sources = {**SOURCES, "past": _Believed}
 
 
 @dataclass
@@ -321,31 +351,27 @@ class RandomConfig(SelfKDCriterionConfig):
 class RandomCriterion(SelfKDCriterion):
     """The masses of the nearest neighbours go to words drawn at random."""
 
-    teacher_class = RandomTeacher
-
     def __init__(self, cfg: Any, task: Any) -> None:
-        super().__init__(cfg, task)
-        self._seed = cfg.self_kd_random_seed
+        def seed(teacher: Any, batch: Batch) -> None:
+            teacher.seed = cfg.self_kd_random_seed
 
-    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
-        teacher = super()._new_teacher(projection)
-        teacher.seed = self._seed
-        return teacher
+        self.sources = taught_by(RandomTeacher, seed)  # type: ignore[misc]
+        super().__init__(cfg, task)
 
 
 @register_criterion("self_kd_unigram", dataclass=SelfKDCriterionConfig)
 class UnigramCriterion(SelfKDCriterion):
     """The masses go to words as often as they stand in the training text."""
 
-    teacher_class = UnigramTeacher
-
-    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
-        teacher = super()._new_teacher(projection)
-        counts = torch.tensor(self.task.target_dictionary.count, dtype=torch.float)
+    @staticmethod
+    def _count(teacher: Any, batch: Batch) -> None:
+        device = batch.target.device
+        counts = torch.tensor(batch.dictionary.count, dtype=torch.float, device=device)
         # Those that may be a neighbour: no padding, no word that fairseq has added.
-        teacher.counts = torch.zeros(len(counts), device=projection.weight.device)
-        teacher.counts[teacher.eligible] = counts.to(projection.weight.device)[teacher.eligible]
-        return teacher
+        teacher.counts = torch.zeros_like(counts)
+        teacher.counts[teacher.eligible] = counts[teacher.eligible]
+
+    sources = taught_by(UnigramTeacher, _count.__func__)  # type: ignore[attr-defined]
 
 
 @register_criterion("self_kd_bigram", dataclass=SelfKDCriterionConfig)
@@ -424,26 +450,25 @@ class BigramCriterion(SelfKDCriterion):
 class MaskedCriterion(LogitsCriterion):
     """The words of the target side share the mass alike."""
 
-    teacher_class = MaskedTeacher
+    sources = taught_by(MaskedTeacher)
 
 
 @register_criterion("self_kd_rank", dataclass=SelfKDCriterionConfig)
 class RankCriterion(SelfKDCriterion):
     """The mass of a neighbour falls with its rank, whatever its distance."""
 
-    teacher_class = RankTeacher
+    sources = taught_by(RankTeacher)
 
 
 @register_criterion("self_kd_whole_eos", dataclass=SelfKDCriterionConfig)
 class WholeEosCriterion(SelfKDCriterion):
     """The end of the sentence gives nothing away."""
 
-    teacher_class = WholeWordTeacher
+    @staticmethod
+    def _whole(teacher: Any, batch: Batch) -> None:
+        teacher.whole = batch.dictionary.eos()
 
-    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
-        teacher = super()._new_teacher(projection)
-        teacher.whole = self.task.target_dictionary.eos()
-        return teacher
+    sources = taught_by(WholeWordTeacher, _whole.__func__)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -459,38 +484,36 @@ class OtherTableConfig(SelfKDCriterionConfig):
 class OtherTableCriterion(SelfKDCriterion):
     """The neighbours are those of another model's table, from the first to the last update."""
 
-    teacher_class = OtherTableTeacher
-
     def __init__(self, cfg: Any, task: Any) -> None:
-        super().__init__(cfg, task)
         if not cfg.self_kd_table_of:
             raise ValueError("--self-kd-table-of is missing: the checkpoint with the other table")
         state = checkpoint_utils.load_checkpoint_to_cpu(cfg.self_kd_table_of)["model"]
-        self._other = state["decoder.output_projection.weight"]
-        if len(self._other) != len(task.target_dictionary):
+        other = state["decoder.output_projection.weight"]
+        if len(other) != len(task.target_dictionary):
             raise ValueError(
-                f"--self-kd-table-of is {cfg.self_kd_table_of}, which has {len(self._other)} "
+                f"--self-kd-table-of is {cfg.self_kd_table_of}, which has {len(other)} "
                 f"words; the target dictionary has {len(task.target_dictionary)}"
             )
 
-    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
-        teacher = super()._new_teacher(projection)
-        teacher.other = self._other
-        return teacher
+        def read(teacher: Any, batch: Batch) -> None:
+            teacher.other = other
+
+        self.sources = taught_by(OtherTableTeacher, read)  # type: ignore[misc]
+        super().__init__(cfg, task)
 
 
 @register_criterion("self_kd_frozen", dataclass=SelfKDCriterionConfig)
 class FrozenCriterion(SelfKDCriterion):
     """The neighbours are those of the first weights, before any training, and stay the same."""
 
-    teacher_class = OtherTableTeacher
-
     _table_before: Optional[Tensor] = None
 
-    def _new_teacher(self, projection: OutputProjection) -> SelfTeacher:
-        teacher = super()._new_teacher(projection)
-        teacher.other = self._first_weights()
-        return teacher
+    def __init__(self, cfg: Any, task: Any) -> None:
+        def read(teacher: Any, batch: Batch) -> None:
+            teacher.other = self._first_weights()
+
+        self.sources = taught_by(OtherTableTeacher, read)  # type: ignore[misc]
+        super().__init__(cfg, task)
 
     def forward(
         self, model: Any, sample: Dict[str, Any], reduce: bool = True

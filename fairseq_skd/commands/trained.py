@@ -59,7 +59,7 @@ class Trained(NamedTuple):
         criterion = getattr(self.config, "criterion", None)
         if not str(getattr(criterion, "_name", "")).startswith("self_kd"):
             return None
-        return options_of(criterion, self.task)
+        return options_of(criterion)
 
     @property
     def label_smoothing(self) -> float:
