@@ -17,6 +17,7 @@ from fairseq_skd.commands.curves import curves
 from fairseq_skd.commands.doctor import doctor
 from fairseq_skd.commands.explain import explain
 from fairseq_skd.commands.neighbors import neighbors
+from fairseq_skd.commands.teach import teach
 from fairseq_skd.version import __version__
 
 __all__ = ["main"]
@@ -74,6 +75,9 @@ def average(
 
 for command in (neighbors, explain, compare, curves, calibration, doctor):
     app.command()(command)
+
+
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(teach)
 
 
 def main() -> None:

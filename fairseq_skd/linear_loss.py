@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
+from fairseq_skd.blocks import GROUP, argmax, block_positions, largest_of, maxima_of, padded
 from fairseq_skd.loss import (
     TopWords,
     check_arguments,
@@ -47,21 +48,6 @@ from fairseq_skd.loss import (
 from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 
 __all__ = ["LinearLosses", "self_kd_linear_cross_entropy"]
-
-# A float32 block of logits takes this much memory. On a CPU it should fit into the cache, and the C
-# library keeps pieces of less than 32 MiB for the next step, where larger ones go back to the
-# system and their pages are made anew. But few positions make the products slow, since all of W is
-# read once a block: so it holds at least `_CPU_POSITIONS` (at V = 267,744: 163 MiB, where the
-# gradient of W with d = 512 takes 523). On two cores with 32 MiB of cache and V = 10,152, blocks of
-# 384 to 1,024 positions took 0.71 to 0.75 s, 160 positions 0.82 s.
-_BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
-_CPU_POSITIONS = 160
-
-# Blocks hold multiples of this many positions: 125 made the products 1.2 times as slow as 128.
-_ALIGNMENT = 32
-
-# Words in one group of the search for the largest logits.
-_GROUP = 32
 
 # What a gradient of the logits, which lies between -1 and 1, is multiplied by in float16: half of
 # the largest number's power of two. Then values down to 2e-9 keep all of float16's digits.
@@ -181,7 +167,7 @@ def self_kd_linear_cross_entropy(
         count_correct,
         min(top_k, len(embedding)),
         compute,
-        _block_positions(features, embedding, block_bytes),
+        block_positions(features, embedding, block_bytes),
     )
     function = _SummedLoss if reduction == "sum" else _LossOfPositions
     # Said here, since a Function is told that a parameter needs a gradient under no_grad too.
@@ -201,19 +187,6 @@ def self_kd_linear_cross_entropy(
 
 def _autocast_is_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _block_positions(features: Tensor, embedding: Tensor, block_bytes: Optional[int]) -> int:
-    position_bytes = 4 * len(embedding)
-    if block_bytes is None:
-        if features.device.type == "cpu":
-            block_bytes = max(_BLOCK_BYTES["cpu"], _CPU_POSITIONS * position_bytes)
-        else:
-            block_bytes = max(_BLOCK_BYTES["cuda"], position_bytes * features.size(1) // 2)
-    positions = block_bytes // position_bytes
-    if positions > _ALIGNMENT:
-        positions -= positions % _ALIGNMENT
-    return max(1, min(positions, len(features)))
 
 
 @dataclass
@@ -310,7 +283,7 @@ def _compute(
                 column = features.new_zeros(embedding.size(1), dtype=wide)
 
         # Rows beyond the vocabulary fill the last group of the search for the largest logits.
-        padded_words = -(-num_words // _GROUP) * _GROUP
+        padded_words = padded(num_words)
         buffer = features.new_empty(padded_words * problem.block_positions)
         for start in range(0, num_positions, problem.block_positions):
             part = slice(start, start + problem.block_positions)
@@ -328,16 +301,16 @@ def _compute(
                 logits = block[:num_words]
                 largest = logits.amax(0)
                 if problem.count_correct or per_block or problem.top_k:
-                    maxima = block.unflatten(0, (-1, _GROUP)).amax(1)
+                    maxima = maxima_of(block)
             else:
                 logits = block[:num_words]
-                statistics = kernels.row_statistics(logits.t(), _GROUP)
+                statistics = kernels.row_statistics(logits.t(), GROUP)
                 largest, normalizer, maxima = statistics
                 maxima = maxima.t()
 
             prediction = None
             if problem.count_correct or per_block:
-                prediction = _argmax(block, maxima)
+                prediction = argmax(block, maxima)
             if per_block:
                 soft_block = teacher.soft_target(target, prediction, table)  # type: ignore[union-attr]
                 soft_blocks.append(soft_block)
@@ -349,7 +322,7 @@ def _compute(
             # All of these are less the largest logit, as `loss` says.
             chosen = block.t().gather(1, ids).to(wide) - largest.unsqueeze(1)
             if problem.top_k:
-                found, values_of = _largest(block, maxima, problem.top_k)
+                found, values_of = largest_of(block, maxima, problem.top_k)
                 top_ids[part] = found.clamp_(max=num_words - 1)  # fewer are possible than k
                 top_lprobs[part] = values_of.to(wide) - largest.unsqueeze(1)
             if kernels is None:
@@ -461,35 +434,6 @@ def _sums_in_float32(a: Tensor) -> bool:
     """Whether PyTorch has products of half precision with a result in float32 there."""
     on_gpu = a.device.type == "cuda" and torch.version.cuda is not None
     return on_gpu and TorchVersion(torch.__version__) >= "2.8"
-
-
-def _argmax(block: Tensor, maxima: Tensor) -> Tensor:
-    """Return the row of the largest value in every column; of equal ones the first.
-
-    In two levels, since an argmax over rows takes 18 times as long as their maxima: the maxima of
-    groups of rows, then the first of a column's best group that is equal to it. The number of
-    rows is a multiple of the size of a group.
-    """
-    best = maxima.argmax(0)
-    members = _members(best.unsqueeze(1))
-    return best * _GROUP + block.t().gather(1, members).argmax(1)
-
-
-def _largest(block: Tensor, maxima: Tensor, k: int) -> Tuple[Tensor, Tensor]:
-    """Return the rows of the k largest values in every column, and these: B x k each.
-
-    They lie in the k groups whose maxima are largest, but for equal values.
-    """
-    groups = maxima.t().contiguous().topk(min(k, len(maxima)), 1).indices
-    members = _members(groups)
-    values, places = block.t().gather(1, members).topk(k, 1)
-    return members.gather(1, places), values
-
-
-def _members(groups: Tensor) -> Tensor:
-    """Return the rows in groups: B x g to B x (g * size of a group)."""
-    within = torch.arange(_GROUP, device=groups.device)
-    return (groups.unsqueeze(2) * _GROUP + within).flatten(1)
 
 
 def _finished(result: _Result, grad: Union[float, Tensor], dtype: torch.dtype) -> Optional[Tensor]:

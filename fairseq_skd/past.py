@@ -162,7 +162,7 @@ class PastPredictions:
         records = self.file.records(sentences, width, self.skip)
         updates = self.file.marks[sentences]
         seen = ((updates > 0) & (updates <= num_updates))[:, None] & records.real
-        return self.file.read(records, seen, device, share=lambda found: found)
+        return self.file.read(records, seen, device)
 
     def write(self, sentences: np.ndarray, width: int, top: TopWords, num_updates: int) -> None:
         """Record what the model gives to the words of a batch now.

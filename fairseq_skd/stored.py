@@ -117,10 +117,11 @@ class StoredTargets:
         Returns
         -------
         SoftTarget
-            Of B x (T - skip) positions: N x k, float32. Padding has weights of 0.
+            Of B x (T - skip) positions: N x k, float32. ``share`` is 0 where the file has no words:
+            at padding, and where the teacher gave none.
         """
         records = self.file.records(np.asarray(sentences, np.int64), width, skip)
-        return self.file.read(records, records.real, device)
+        return self.file.read(records, records.real, device, share=_taught)
 
     def damaged(self) -> List[int]:
         """Return the sentences whose words are not what was written; reads all of the file."""
@@ -169,10 +170,11 @@ class TargetsWriter:
         found: Dict[str, Any] = head_of(path) or {}
         different = [name for name in head if found.get(name) != head[name]]
         if different:
+            names = {"text": "the text, dictionary or length of blocks", "top_k": "k"}
+            which = ", ".join(names.get(name, name) for name in different)
             raise WordFileError(
-                f"{path} is there already and differs in: {', '.join(different)} ("
-                + "; ".join(f"{found.get(name)} there, {head[name]} now" for name in different)
-                + "). Remove it, or choose another --output"
+                f"{path} is there already and is another one: it differs in {which}. Remove it, or "
+                "choose another --output"
             )
         self.file = WordFile(path)
         self._handle = os.open(path, os.O_WRONLY)
@@ -257,6 +259,11 @@ def write_stored_targets(
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def _taught(weights: np.ndarray) -> np.ndarray:
+    """Return at which positions a teacher gave words."""
+    return np.asarray(weights.any(1))
 
 
 def _check(number: int, ids: np.ndarray, probabilities: np.ndarray, top_k: int) -> None:

@@ -281,7 +281,7 @@ class WordFile:
         records: Records,
         wanted: np.ndarray,
         device: Optional[torch.device] = None,
-        share: Callable[[np.ndarray], Optional[np.ndarray]] = lambda found: None,
+        share: Optional[Callable[[np.ndarray], np.ndarray]] = None,
     ) -> SoftTarget:
         """Return the words of a batch's positions.
 
@@ -293,8 +293,8 @@ class WordFile:
             bool, B x T: the others have no words, ids and weights of 0.
         device : torch.device, optional
             Of the result. The copy does not wait for it.
-        share : callable
-            Of the positions, from ``wanted``.
+        share : callable, optional
+            Of the positions, N, from the weights, N x k. Default: 1 where they are wanted.
 
         Returns
         -------
@@ -305,9 +305,8 @@ class WordFile:
         flat = wanted.reshape(-1)
         ids = np.where(flat[:, None], found["ids"], 0).astype(np.int64)
         weights = np.where(flat[:, None], found["probabilities"], 0).astype(np.float32)
-        shares = share(flat)
-        arrays = (ids, weights) if shares is None else (ids, weights, shares.astype(np.float32))
-        return SoftTarget(*(_to(torch.from_numpy(array), device) for array in arrays))
+        shares = (flat if share is None else share(weights)).astype(np.float32)
+        return SoftTarget(*(_to(torch.from_numpy(x), device) for x in (ids, weights, shares)))
 
 
 def pack(ids: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

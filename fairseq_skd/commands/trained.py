@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -20,7 +20,7 @@ from fairseq_skd.output_projection import (
     find_output_projection,
 )
 
-__all__ = ["Trained", "load", "readable", "word_ids"]
+__all__ = ["Trained", "data_of", "load", "readable", "word_ids"]
 
 
 class Trained(NamedTuple):
@@ -136,7 +136,12 @@ class Trained(NamedTuple):
         return lprobs, target[kept]
 
 
-def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path] = None) -> Trained:
+def load(
+    checkpoint: Path,
+    data: Optional[Path] = None,
+    user_dir: Optional[Path] = None,
+    overrides: Optional[Mapping[str, Any]] = None,
+) -> Trained:
     """Load a translation or language model, by torch's safe loader.
 
     Parameters
@@ -147,6 +152,8 @@ def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path]
         Folder made by fairseq-preprocess, with the dictionary. Default: that of the training.
     user_dir : Path, optional
         Of another plugin that the model needs.
+    overrides : mapping, optional
+        Options of its configuration that are to have other values.
 
     Raises
     ------
@@ -156,7 +163,7 @@ def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path]
         If it cannot be loaded: what is missing, or does not fit.
     """
     state = read_checkpoint(checkpoint, mmap=True)
-    folder = data or _data_of(state)
+    folder = data or data_of(state)
     if folder is None or not list(folder.glob("dict*.txt")):
         raise CommandError(
             f"{folder} holds no dictionary (dict.txt, dict.LANGUAGE.txt); --data takes the folder "
@@ -167,7 +174,7 @@ def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path]
     try:
         with waiting(f"loading {checkpoint}"):
             models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-                [str(checkpoint)], arg_overrides={"data": str(folder)}
+                [str(checkpoint)], arg_overrides={**(overrides or {}), "data": str(folder)}
             )
     except RuntimeError as error:
         if "size mismatch" in str(error):
@@ -184,7 +191,7 @@ def load(checkpoint: Path, data: Optional[Path] = None, user_dir: Optional[Path]
     return Trained(model.cuda() if torch.cuda.is_available() else model, task, config, checkpoint)
 
 
-def _data_of(state: Any) -> Optional[Path]:
+def data_of(state: Any) -> Optional[Path]:
     """Return the folder of the data that a checkpoint names."""
     config = state.get("cfg")
     task = config.get("task") if isinstance(config, dict) else state.get("args")
