@@ -36,6 +36,7 @@ __all__ = [
     "machine",
     "ordinary_words",
     "remember_words_from_files",
+    "settings_of",
     "shards",
     "target_side_words",
     "tell_criteria_of_updates",
@@ -282,10 +283,15 @@ def _indexed_files(dataset: Any) -> Iterator[Optional[MMapIndexedDataset]]:
         yield None
 
 
+def settings_of(task: Any) -> Any:
+    """Return a task's configuration, which those of fairseq's older kind keep as ``args``."""
+    settings = getattr(task, "cfg", None)
+    return getattr(task, "args", None) if settings is None else settings
+
+
 def shards(task: Any) -> int:
     """Return in how many parts the data is, of which every epoch has another one."""
-    data = getattr(getattr(task, "cfg", None), "data", None) or ""
-    return len(utils.split_paths(data))
+    return len(utils.split_paths(getattr(settings_of(task), "data", None) or ""))
 
 
 def text_layout(task: Any, candidates: str) -> TextLayout:

@@ -22,7 +22,16 @@ from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
 from fairseq_skd.stored import StoredTargets
 from fairseq_skd.word_file import TextLayout, WordFile, WordFileError, check_sentences
 
-__all__ = ["Batch", "Host", "NeighborsSource", "PastSource", "Source", "StoredSource", "Text"]
+__all__ = [
+    "Batch",
+    "Host",
+    "NeighborsSource",
+    "PastSource",
+    "Source",
+    "StoredSource",
+    "Text",
+    "described",
+]
 
 
 class Text(NamedTuple):
@@ -377,7 +386,7 @@ class StoredSource(_FileSource):
     def described(self) -> str:
         """Return how many models the teacher is, its words, temperature and fingerprint."""
         try:
-            return "+".join(map(_described, self.teachers))
+            return "+".join(map(described, self.teachers))
         except (WordFileError, OSError):  # said at the first batch: validation does without it
             return "missing"
 
@@ -396,10 +405,7 @@ class StoredSource(_FileSource):
             )
         layout = self.host.layout("stored")
         for teacher in files:
-            head = teacher.file.head
-            # A file that was not written by fairseq-skd teach does not know its text.
-            same = np.array_equal(np.diff(teacher.file.starts), layout.lengths)
-            if same and head["text"] in (None, layout.fingerprint):
+            if teacher.belongs_to(layout):
                 self._teacher, self._data = teacher, data
                 return
         head = files[0].file.head
@@ -422,7 +428,8 @@ class StoredSource(_FileSource):
         return self._teacher.read(text.sentences, batch.width, device, self.host.skip)
 
 
-def _described(teacher: StoredTargets) -> str:
+def described(teacher: StoredTargets) -> str:
+    """Return a teacher's models, words, temperature and fingerprint: ``2x10@1#1f0c33aa``."""
     told = teacher.file.head.get("teacher", {})
     models = len(told.get("checkpoints", [])) or "?"
     temperature = told.get("temperature", 1)

@@ -94,6 +94,12 @@ class StoredTargets:
         digest.update(self.file.marks.tobytes())
         return digest.hexdigest()[:8]
 
+    def belongs_to(self, layout: TextLayout) -> bool:
+        """Return whether these are the words of a text; `write_stored_targets` knows lengths."""
+        if not np.array_equal(np.diff(self.file.starts), layout.lengths):
+            return False
+        return self.file.head["text"] in (None, layout.fingerprint)
+
     def read(
         self,
         sentences: Any,

@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     past = PastPredictions(tmp_path / "past", LAYOUT, 2)
     with pytest.raises(WordFileError, match="has 3 positions a sentence, and its longest one 4"):
         past.read(np.array([2]), 3, 9)
-    with pytest.raises(WordFileError, match="sentence 5 is not in .*, which has 5"):
+    with pytest.raises(WordFileError, match=r"sentence 5 is not in .*, which has 5"):
         past.read(np.array([5]), 3, 9)
 
 

@@ -4,15 +4,20 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from typing import Callable, Dict
+from pathlib import Path
+from typing import Callable, Dict, Optional
 
 import torch
+import typer
+from typing_extensions import Annotated
 
 from fairseq_skd.checkpoints import faults_of_the_loader
 from fairseq_skd.commands import CommandError, output
-from fairseq_skd.commands.output import AsCSV, AsJSON, Rows, Titled
+from fairseq_skd.commands.output import AsCSV, AsJSON, Rows, Titled, waiting
 from fairseq_skd.self_check import LossCheckError, check_linear_loss, check_loss
 from fairseq_skd.soft_targets import SelfTeacher
+from fairseq_skd.stored import StoredTargets
+from fairseq_skd.word_file import WordFile, WordFileError
 
 __all__ = ["doctor"]
 
@@ -25,13 +30,25 @@ _RIGHT = "as the reference"
 _WORDS, _DIM, _POSITIONS = 1_003, 24, 70
 
 
-def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
+def doctor(
+    file: Annotated[
+        Optional[Path],
+        typer.Argument(help="A file of a teacher or of the past: what does it hold, is it whole?"),
+    ] = None,
+    as_json: AsJSON = False,
+    as_csv: AsCSV = False,
+) -> None:
     """Say what is installed, which loss is used, and whether it is right on this machine.
 
     To be pasted into a bug report. The loss and its gradients are compared with the readable
     reference on a small random problem, on every device and in every type; a training checks its
     own first batch in the same way.
+
+    Of a file of words (--self-kd-teacher, --self-kd-past-file) it says what that holds instead.
     """
+    if file is not None:
+        _look_into(file, as_json, as_csv)
+        return
     rows: Rows = [
         {"what": "python", "found": f"{platform.python_version()}, {platform.platform()}"}
     ]
@@ -61,6 +78,46 @@ def doctor(as_json: AsJSON = False, as_csv: AsCSV = False) -> None:
     wrong = [row for row in checks if row["check"] != _RIGHT]
     if wrong:
         raise CommandError(f"{len(wrong)} checks of the loss have failed: do not train here")
+
+
+def _look_into(path: Path, as_json: bool, as_csv: bool) -> None:
+    """Say what a file of words holds, and fail if it is not whole."""
+    try:
+        held = WordFile(path)
+    except WordFileError as error:
+        raise CommandError(str(error)) from error
+    head = held.head
+    missing = int((held.marks == 0).sum())
+    rows: Rows = [{"what": name, "found": str(head[name])} for name in ("kind", "top_k")]
+    rows += [{"what": name, "found": f"{head[name]:,}"} for name in ("sentences", "positions")]
+    flaw = None
+    if head["kind"] == "past":
+        rows.append({"what": "sentences not seen yet", "found": f"{missing:,}"})
+        rows.append({"what": "last update", "found": str(held.marks.max(initial=0))})
+    else:
+        teacher = head.get("teacher", {})
+        for checkpoint in teacher.get("checkpoints", []):
+            found = f"{checkpoint['file']}, sha256 {checkpoint['sha256']}"
+            rows.append({"what": "teacher", "found": found})
+        for name in ("temperature", "precision"):
+            if name in teacher:
+                rows.append({"what": name, "found": str(teacher[name])})
+        if missing:
+            flaw = f"{path} is not finished: {missing} of {len(held.marks)} sentences are missing"
+        else:
+            stored = StoredTargets(path)
+            rows.append({"what": "fingerprint", "found": stored.fingerprint})
+            with waiting("reading all of it"):
+                damaged = stored.damaged()
+            if damaged:
+                flaw = (
+                    f"{path} is damaged: {len(damaged)} sentences are not what was written, the "
+                    f"first one is {damaged[0]}"
+                )
+        rows.append({"what": "whole", "found": "no" if flaw else "yes"})
+    output.show({"file": Titled(str(path), rows)}, {}, as_json, as_csv)
+    if flaw:
+        raise CommandError(flaw)
 
 
 def _loader() -> str:

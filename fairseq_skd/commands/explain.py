@@ -11,10 +11,14 @@ from fairseq_skd.commands import CommandError, output, pictures
 from fairseq_skd.commands.output import AsCSV, AsJSON, Plot, Rows, Titled
 from fairseq_skd.commands.teaching import Checkpoint, Settings, settings_of, teacher_for
 from fairseq_skd.commands.trained import Trained, load, readable
+from fairseq_skd.compatibility import text_layout
 from fairseq_skd.loss import training_target
 from fairseq_skd.options import SelfKDOptions
 from fairseq_skd.self_check import soft_target_of
 from fairseq_skd.soft_targets import SoftTarget
+from fairseq_skd.sources import described
+from fairseq_skd.stored import StoredTargets
+from fairseq_skd.word_file import WordFileError
 
 __all__ = ["explain"]
 
@@ -28,7 +32,10 @@ def explain(
     text: Annotated[str, typer.Option(help="train, valid, test, ... of the data.")] = "valid",
     shown: Annotated[int, typer.Option(help="Words shown of a distribution.")] = 3,
     candidates: Annotated[
-        Optional[str], typer.Option(help="neighbors, prediction, both or past.")
+        Optional[str], typer.Option(help="neighbors, prediction, both, past or stored.")
+    ] = None,
+    teacher: Annotated[
+        Optional[str], typer.Option(help="The file of stored; --text is the text that it is of.")
     ] = None,
     weight: Annotated[
         Optional[float], typer.Option(help="alpha; default: its final value in the training.")
@@ -58,6 +65,7 @@ def explain(
     settings = settings_of(
         trained,
         candidates=candidates,
+        teacher=teacher,
         weight=weight,
         top_k=top_k,
         similarity=similarity,
@@ -98,7 +106,10 @@ def positions(
         raise CommandError(f"--sentence is {sentence}; allowed: 0 to {len(dataset) - 1} in {text}")
     batch = dataset.collater([dataset[sentence]])
     lprobs, target = trained.predict(batch)
-    soft, about = _soft_target(trained, settings, lprobs, target)
+    if settings.candidates == "stored":
+        soft, about = _stored(trained, settings, text, sentence, len(target))
+    else:
+        soft, about = _soft_target(trained, settings, lprobs, target)
     return _rows(trained, settings, lprobs, target, soft, shown), about
 
 
@@ -111,6 +122,24 @@ def _soft_target(
         return SoftTarget(ids, values.exp()).trusted(target), about
     teacher, about = teacher_for(trained, settings, target)
     return soft_target_of(teacher, lprobs, target, trained.projection.weight), about
+
+
+def _stored(
+    trained: Trained, settings: SelfKDOptions, text: str, sentence: int, width: int
+) -> Tuple[SoftTarget, str]:
+    trained.task.self_kd_train_subset = text
+    layout = text_layout(trained.task, "stored")
+    for name in str(settings.teacher).split(":"):
+        try:
+            teacher = StoredTargets(name)
+        except WordFileError as error:
+            raise CommandError(str(error)) from error
+        if teacher.belongs_to(layout):
+            return teacher.read([sentence], width), f"{name}: {described(teacher)}"
+    raise CommandError(
+        f"--teacher is {settings.teacher}, which does not hold the words of {text!r}; --text takes "
+        "the text that it was made for"
+    )
 
 
 def _rows(

@@ -79,7 +79,7 @@ def teach(
         first = first._replace(task=_task(task, data, context.args))
     else:
         for name in own:
-            if not hasattr(first.task.cfg, name):
+            if not hasattr(compatibility.settings_of(first.task), name):
                 raise CommandError(
                     f"--{name.replace('_', '-')} is no option of fairseq-skd teach, nor of the "
                     f"task {type(first.task).__name__}"

@@ -78,7 +78,7 @@ class Trained(NamedTuple):
             self.task.load_dataset(subset)
         except FileNotFoundError as error:
             raise CommandError(
-                f"{self.task.cfg.data} has no text {subset!r} ({error}); pass the folder that "
+                f"{compatibility.settings_of(self.task).data} has no text {subset!r} ({error}); pass the folder that "
                 "fairseq-preprocess has made, and the name of a text in it"
             ) from error
         return self.task.dataset(subset)
