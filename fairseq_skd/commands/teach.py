@@ -213,7 +213,7 @@ def _value(text: str) -> Any:
 
 def _task(name: str, data: Path, arguments: Sequence[str]) -> Any:
     """Set up a task as fairseq's commands do."""
-    parser = options.get_parser("teach", default_task=name)
+    parser = options.get_validation_parser(name)
     try:
         namespace = options.parse_args_and_arch(parser, [str(data), "--task", name, *arguments])
     except SystemExit as error:
