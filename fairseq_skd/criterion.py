@@ -37,6 +37,7 @@ from fairseq_skd.options import TEACHERS, SelfKDOptions, parse_number
 from fairseq_skd.output_projection import (
     OutputProjection,
     UnsupportedModelError,
+    check_inputs,
     find_output_projection,
 )
 from fairseq_skd.schedule import UNKNOWN, TrainingLength
@@ -275,6 +276,8 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         # Before the model's forward pass: one that runs out of memory takes its own along.
         text = self._next_text(sample)
         alpha = weight = self._weight()
+        if self._first("inputs", weight):
+            check_inputs(model, sample["net_input"])
         projection = self._projection(model)
         together = reduce and projection.features_suffice
         net_output = model(**sample["net_input"], **({"features_only": True} if together else {}))
@@ -419,7 +422,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         return target[:, self.ignore_prefix_size :].reshape(-1)
 
     def _first(self, which: str, weight: float) -> bool:
-        """Whether a loss is computed for the first time, or distils for the first time."""
+        """Whether something is done for the first time, or for the first time that it distils."""
         key = which, weight > 0
         new = key not in self._checked
         self._checked.add(key)

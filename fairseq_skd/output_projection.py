@@ -1,6 +1,7 @@
 """Find the matrix that turns a fairseq decoder's features into logits, and how far to trust it."""
 
-from typing import Any, NamedTuple, Optional
+import inspect
+from typing import Any, Mapping, NamedTuple, Optional
 
 from fairseq.models import BaseFairseqModel, FairseqDecoder, FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from fairseq_skd.compatibility import unwrap
 
-__all__ = ["OutputProjection", "UnsupportedModelError", "find_output_projection"]
+__all__ = ["OutputProjection", "UnsupportedModelError", "check_inputs", "find_output_projection"]
 
 
 class UnsupportedModelError(RuntimeError):
@@ -89,6 +90,32 @@ def find_output_projection(model: Any, dictionary: Any) -> OutputProjection:
     owner = weight if isinstance(weight, nn.Parameter) else decoder
     suffices = plain and _features_suffice(model, inner, decoder)
     return OutputProjection(weight, dictionary, owner, plain, suffices)
+
+
+def check_inputs(model: Any, net_input: Mapping[str, Any]) -> None:
+    """Refuse a model whose forward pass needs what no batch of its task has.
+
+    Non-autoregressive ones need the noisy target, and come with a criterion of their own.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the names of what is missing.
+    """
+    inner = unwrap(model)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    missing = [
+        name
+        for name, parameter in inspect.signature(inner.forward).parameters.items()
+        if parameter.kind in named and parameter.default is parameter.empty
+        if name not in net_input
+    ]
+    if missing:
+        raise _unsupported(
+            inner,
+            f"its forward pass needs {', '.join(missing)}, which is not in a batch: it is trained "
+            "with a criterion of its own (of non-autoregressive models nat_loss)",
+        )
 
 
 def _weight(decoder: Any) -> Optional[Tensor]:

@@ -184,6 +184,86 @@ def test_epochs_of_one_batch_without_the_sentences_that_are_too_long(corpus, tmp
     assert float(logged(log)[-1]["self_kd_mass"]) > 0
 
 
+def in_shards(corpus, folder):
+    """Return the data in two parts, of which every epoch trains another one."""
+    other = folder / "other"
+    other.mkdir()
+    for file in (corpus / "pair").iterdir():
+        name = file.name.replace("valid", "train") if "valid" in file.name else file.name
+        if not file.name.startswith("train"):
+            (other / name).write_bytes(file.read_bytes())
+    return f"{corpus / 'pair'}:{other}"
+
+
+ANY_OPTIONS = {
+    "shards": ["--max-epoch", 3],
+    "a multiple of 8": ["--required-seq-len-multiple", 8],
+    "padding at the left": ["--left-pad-target"],
+    "a prefix": ["--ignore-prefix-size", 1],
+    "a folder that holds nothing": ["--no-save"],
+    "accumulated": ["--update-freq", 3],
+    "long sentences left out": [
+        "--max-target-positions",
+        7,
+        "--skip-invalid-size-inputs-valid-test",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", list(ANY_OPTIONS))
+def test_one_swap_trains_what_label_smoothing_trains(corpus, tmp_path, case):
+    """Nothing but the criterion is another one, and nothing that was not asked for is refused."""
+    data = in_shards(corpus, tmp_path) if case == "shards" else corpus / "pair"
+    options = ["--max-epoch", 2, "--label-smoothing", 0.1, *ANY_OPTIONS[case]]
+    losses = []
+    for criterion in ("label_smoothed_cross_entropy", "self_kd"):
+        base = [*TRANSFORMER, "--criterion", criterion]
+        output = train(data, tmp_path / criterion, *options, base=base)
+        losses.append([float(record["loss"]) for record in logged(output)])
+    theirs, ours = losses
+    assert len(ours) == len(theirs) > 3
+    assert ours[0] == pytest.approx(theirs[0])
+    assert float(logged(output)[-1]["self_kd_mass"]) > 0
+    files = tmp_path / "self_kd", tmp_path / "label_smoothed_cross_entropy"
+    ours, theirs = ({file.name for file in folder.glob("*")} for folder in files)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("task", [["--add-bos-token"], ["--sample-break-mode", "complete"], []])
+def test_one_swap_trains_a_language_model(corpus, tmp_path, task):
+    base = ["--task", "language_modeling", "--tokens-per-sample", 12, *task, "--arch"]
+    base += ["transformer_lm", *TINY_LM, "--label-smoothing", 0.1, "--max-epoch", 2, "--criterion"]
+    for criterion in ("label_smoothed_cross_entropy", "self_kd"):
+        output = train(
+            f"{corpus / 'lm'}:{corpus / 'lm'}", tmp_path / criterion, base=[*base, criterion]
+        )
+    assert float(logged(output)[-1]["self_kd_mass"]) > 0
+
+
+@pytest.mark.parametrize("candidates", ["past", "neighbors"])
+def test_the_past_with_padding_beyond_the_sentences(corpus, tmp_path, candidates):
+    """It counts for nothing: the same training without it."""
+    options = ["--max-epoch", 3, "--self-kd-candidates", candidates, "--dropout", 0]
+    options += ["--self-kd-start-update", 0, "--self-kd-ramp-updates", 0]
+    found = []
+    for multiple in (1, 8):
+        more = ["--required-seq-len-multiple", multiple, "--max-tokens", 4000]
+        output = train(corpus / "pair", tmp_path / str(multiple), *options, *more)
+        found.append([float(record["self_kd_loss"]) for record in logged(output)])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+    assert len(found[0]) >= 3
+
+
+@pytest.mark.parametrize("kind", ["pair", "lm"])
+def test_the_past_of_shards_is_refused(corpus, tmp_path, kind):
+    """A language model's too, whose task keeps its settings elsewhere."""
+    data = in_shards(corpus, tmp_path) if kind == "pair" else f"{corpus / 'lm'}:{corpus / 'lm'}"
+    lm = ["--task", "language_modeling", "--tokens-per-sample", 12, "--arch", "transformer_lm"]
+    base = [*(TRANSFORMER if kind == "pair" else [*lm, *TINY_LM]), *SELF_KD]
+    with pytest.raises(AssertionError, match="past, and the training data is in shards"):
+        train(data, tmp_path / "run", "--self-kd-candidates", "past", base=base)
+
+
 def test_the_past_of_another_training_set(corpus, tmp_path):
     subsets = ["--train-subset", "valid", "--valid-subset", "train", "--max-epoch", 6]
     log = train(corpus / "pair", tmp_path, *subsets, "--self-kd-candidates", "past")

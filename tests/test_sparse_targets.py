@@ -521,3 +521,96 @@ def test_trust_is_what_a_target_gives_to_the_true_word():
     shared = soft._replace(share=torch.tensor([0.5, 1, 0.25]))
     assert shared.trusted(target).share.tolist() == [0.1875, 0, 0.25]
     assert shared.trusted(target).ids is ids
+
+
+def every_way(features, embedding, target, soft):
+    """The ways in which a soft target comes in: two of them in blocks, one the reference."""
+    logits = features @ embedding.t()
+    return {
+        "features": lambda: self_kd_linear_cross_entropy(
+            features, embedding, target, soft, 0.1, 0.5
+        ),
+        "blocks": lambda: self_kd_linear_cross_entropy(
+            *(features, embedding, target, soft, 0.1, 0.5), reduction="none", block_bytes=1
+        ),
+        "logits": lambda: self_kd_cross_entropy(logits, target, soft, 0.1, 0.5),
+        "reference": lambda: reference_loss(logits.log_softmax(1), target, soft, 0.1, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.log(), "must be probabilities, not negative .of log-probabilities take exp"),
+        (lambda w: w * 1.6, "finite, and add up to at most 1 in a row"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), float("nan")), "are no distribution"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), float("inf")), "are no distribution"),
+        (lambda w: w.index_fill(1, torch.tensor([0]), -1e-3), "are no distribution"),
+    ],
+)
+def test_what_is_no_distribution_is_an_error(change, message):
+    features, embedding, target, soft, _ = inputs(10, 33, 4, 3)
+    ways = every_way(features, embedding, target, soft._replace(weights=change(soft.weights)))
+    for name, call in ways.items():
+        with pytest.raises(RuntimeError, match=message):
+            pytest.fail(f"{name} gives {call().loss}")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_an_error(share):
+    features, embedding, target, soft, _ = inputs(10, 33, 4, 3)
+    soft.share[2] = share
+    for call in every_way(features, embedding, target, soft).values():
+        with pytest.raises(RuntimeError, match="a share of the soft target is no number from 0 to"):
+            call()
+
+
+@pytest.mark.parametrize("part", ["weights", "share"])
+def test_a_gradient_that_would_not_come_is_an_error(part):
+    features, embedding, target, soft, _ = inputs(10, 33, 4, 3)
+    soft = soft._replace(**{part: getattr(soft, part).requires_grad_()})
+    ways = every_way(features, embedding, target, soft)
+    del ways["reference"]  # which has one
+    for call in ways.values():
+        with pytest.raises(ValueError, match=rf"soft_target.{part} requires a gradient.*detach"):
+            call()
+
+
+@pytest.mark.parametrize("no_word", [-1, -100, 33, 2**31])
+def test_padding_of_stored_teachers_is_no_word(no_word):
+    features, embedding, target, soft, _ = inputs(10, 33, 4, 3)
+    soft.weights[1:4, 2] = 0
+    expected = [
+        call().loss.detach() for call in every_way(features, embedding, target, soft).values()
+    ]
+    soft.ids[1:4, 2] = no_word
+    found = [call().loss.detach() for call in every_way(features, embedding, target, soft).values()]
+    for ours, theirs in zip(found, expected):
+        assert ours.equal(theirs)
+    soft.weights[1, 2] = 0.01
+    for call in every_way(features, embedding, target, soft).values():
+        with pytest.raises(RuntimeError, match="0 to 32, and any id where the weight is 0"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_that_rounding_takes_beyond_1_count_as_1(dtype):
+    """Also beside a word that the model holds for impossible: what is left is 0, and not less."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randint(300, (200,), generator=generator)
+    logits = torch.randn(200, 300, generator=generator)
+    weights, ids = logits.mul(2).softmax(1).topk(9, 1)
+    weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
+    assert (weights.sum(1, dtype=torch.float32) > 1 + 2e-5).any()
+    impossible = logits.clone()
+    impossible[(torch.arange(200), logits.argmin(1))] = float("-inf")
+    target = torch.where(impossible.gather(1, target[:, None])[:, 0].isinf(), ids[:, 0], target)
+    over = weights.sum(1, dtype=torch.float32) >= 1
+    for scores in (logits, impossible):
+        losses = self_kd_cross_entropy(
+            scores[over], target[over], SoftTarget(ids[over], weights[over]), 0, 1
+        )
+        exact = weights[over].double()
+        exact = exact / exact.sum(1, keepdim=True)
+        expected = -(exact * scores[over].double().log_softmax(1).gather(1, ids[over])).sum(1)
+        torch.testing.assert_close(losses.loss.double(), expected, rtol=1e-5, atol=1e-5)

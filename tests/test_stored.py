@@ -19,7 +19,7 @@ from fairseq_skd.likeliest import likeliest_words
 from fairseq_skd.stored import TargetsWriter
 from fairseq_skd.word_file import TextLayout, WordFileError
 from tests.conftest import PLUGIN, TINY_LM, command
-from tests.test_command_line import assert_equal_weights, in_processes, logged, train
+from tests.test_command_line import assert_equal_weights, in_processes, in_shards, logged, train
 from tests.test_commands import machine, refused, skd
 from tests.test_criterion import LANGUAGE_MODELS, MODELS, NOW, assert_same_gradients
 
@@ -616,22 +616,9 @@ def test_blocks_of_a_language_model_and_half_precision(corpus, tmp_path):
 
 def test_a_file_for_every_shard_of_the_data(corpus, taught, tmp_path):
     """Every epoch reads the next part of the text, and the file that belongs to it."""
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in (corpus / "pair").iterdir():
-        name = file.name
-        if name.startswith("train"):
-            continue
-        (other / name.replace("test", "train")).write_bytes(file.read_bytes())
-        if name.startswith("valid"):
-            (other / name).write_bytes(file.read_bytes())
-    teacher = StoredTargets(taught[0]).file.head["teacher"]["checkpoints"]
-    assert len(teacher) == 2
-    sizes = []
-    lines = (corpus / "test.tgt").read_text().splitlines()
-    sizes = [len(line.split()) + 1 for line in lines]
-    write_stored_targets(tmp_path / "t", [rows(n, 5) for n in sizes])
-    data = f"{corpus / 'pair'}:{other}"
+    data = in_shards(corpus, tmp_path)
+    lines = (corpus / "valid.tgt").read_text().splitlines()
+    write_stored_targets(tmp_path / "t", [rows(len(line.split()) + 1, 5) for line in lines])
     for files in ((taught[0], tmp_path / "t"), (tmp_path / "t", taught[0])):
         folder = tmp_path / f"run {files[0].name}"
         base = [*MODELS["transformer"], *STORED, ":".join(map(str, files))]

@@ -77,8 +77,9 @@ class Trained(NamedTuple):
         try:
             self.task.load_dataset(subset)
         except FileNotFoundError as error:
+            folder = compatibility.settings_of(self.task).data
             raise CommandError(
-                f"{compatibility.settings_of(self.task).data} has no text {subset!r} ({error}); pass the folder that "
+                f"{folder} has no text {subset!r} ({error}); pass the folder that "
                 "fairseq-preprocess has made, and the name of a text in it"
             ) from error
         return self.task.dataset(subset)
