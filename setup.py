@@ -48,6 +48,7 @@ setup(
             *RECIPES,
             *VIEW,
             "accelerate",
+            "ctranslate2",
             "hypothesis",
             "lxml",
             "mypy",

@@ -209,8 +209,15 @@ plain_lines() {
         -e 's/\xe2\x80[\xa8\xa9]/ /g'
 }
 
+utf8() {  # FILE
+    iconv -f UTF-8 -t UTF-8 "$1" > /dev/null 2>&1 ||
+        stop "$1 is no UTF-8 text; of a latin-1 file  iconv -f latin1 -t utf-8  makes one"
+}
+
 same_lines() {  # FILE FILE
     local one two
+    utf8 "$1"
+    utf8 "$2"
     one=$(wc -l < "$1") two=$(wc -l < "$2")
     [ "$one" -gt 0 ] || stop "$1 is empty"
     [ "$one" -eq "$two" ] ||
@@ -300,6 +307,7 @@ wikitext_text() {  # NAME TRAIN VALID TEST FOLDER
         [ -z "$flaw" ] || stop "wiki.$part.tokens from $from has $flaw: it is cut off, or another edition"
         slice 300 < "$folder/whole" > "$folder/$part"
         [ -s "$folder/$part" ] || stop "wiki.$part.tokens from $from is empty"
+        utf8 "$folder/$part"
         rm "$folder/whole"
     done
     rm -rf "$folder/unpacked"
@@ -425,6 +433,26 @@ criterion_options() {
     fi
 }
 
+# soft_targets SETTINGS...: what self-KD is trained on, in words. The last one of an option counts.
+soft_targets() {
+    local candidates=auto teacher=""
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --self-kd-candidates) candidates=${2:-} ;;
+            --self-kd-teacher) teacher=${2:-} ;;
+        esac
+        shift
+    done
+    case $candidates in
+        auto | neighbors) echo "neighbors: words near the target in the output projection" ;;
+        prediction) echo "prediction: the word that the model predicts (nearest to the paper)" ;;
+        both) echo "both: near words and the predicted one" ;;
+        past) echo "past: what the model gave when it last saw the sentence" ;;
+        stored) echo "stored: what finished models give, from $teacher" ;;
+        *) echo "$candidates" ;;
+    esac
+}
+
 # train OPTIONS...: fairseq-train into $RUN, from its last checkpoint if there is one.
 train() {
     local command settings
@@ -455,6 +483,7 @@ train() {
     fi
     say "Training with $CRITERION, $PROCESSES $([ "$GPUS" -gt 0 ] && echo GPU || echo CPU)" \
         "process(es); log: $RUN/train.log"
+    [ "$CRITERION" != self_kd ] || echo "  soft targets: $(soft_targets "${settings[@]}")"
     [ ! -f "$RUN/checkpoint_last.pt" ] || echo "  going on from $RUN/checkpoint_last.pt"
     run "${command[@]}" 2>&1 | tee -a "$RUN/train.log"
     if [ ! -f "$RUN/checkpoint_last.pt" ] || tail -n 20 "$RUN/train.log" | grep -q 'stop_time_hours:'; then

@@ -19,7 +19,7 @@ import torch
 from fairseq import utils
 from fairseq.data import BucketPadLengthDataset, Dictionary, LanguagePairDataset, MonolingualDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
-from fairseq.models import BaseFairseqModel
+from fairseq.models import BaseFairseqModel, FairseqLanguageModel
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.trainer import Trainer
 from torch.torch_version import TorchVersion
@@ -155,7 +155,8 @@ def training_length(trainer: Any) -> TrainingLength:
             )
             if updates is None or by_epochs < updates:
                 updates, source = by_epochs, f"--max-epoch {options.max_epoch}"
-    trainer.self_kd_length = TrainingLength(updates, int(warmup), source)
+    alone = isinstance(unwrap(trainer.model), FairseqLanguageModel)
+    trainer.self_kd_length = TrainingLength(updates, int(warmup), source, alone)
     return trainer.self_kd_length
 
 

@@ -19,11 +19,14 @@ class TrainingLength(NamedTuple):
         At its beginning.
     source : str
         Where that is from, to be logged.
+    language_model : bool
+        Whether the model has no source text: a decoder alone.
     """
 
     updates: Optional[int]
     warmup_updates: int
     source: str
+    language_model: bool = False
 
 
 def self_kd_weight(

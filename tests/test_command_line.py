@@ -95,6 +95,27 @@ def test_generate_interactive_and_validate(translation, corpus):
     assert "nll_loss" in output
 
 
+def test_a_trained_model_is_served_by_ctranslate2(translation, corpus, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    folder, _ = translation
+    checkpoint = folder / "checkpoint_best.pt"
+    command(
+        *("ct2-fairseq-converter", "--model_path", checkpoint, "--data_dir", corpus / "pair"),
+        *("--user_dir", PLUGIN, "--output_dir", tmp_path / "served"),
+    )
+    translator = ctranslate2.Translator(str(tmp_path / "served"))
+    source = [line.split() for line in (corpus / "test.src").read_text().splitlines()]
+    served = translator.translate_batch(source, beam_size=5, max_decoding_length=12)
+    options = ["--beam", 5, "--max-len-b", 11, "--required-batch-size-multiple", 1]
+    model = ["--path", checkpoint, "--user-dir", PLUGIN, "--cpu"]
+    output = command("fairseq-generate", corpus / "pair", *model, *options)
+    found = dict(re.findall(r"^H-(\d+)\t\S+\t(.*)$", output, re.MULTILINE))
+    ours = [" ".join(result.hypotheses[0]) for result in served]
+    theirs = [found[str(i)] for i in range(len(source))]
+    # Each ends a beam in its own way.
+    assert sum(a == b for a, b in zip(ours, theirs)) >= 0.7 * len(ours), (ours, theirs)
+
+
 def test_averaged_checkpoints(translation, tmp_path):
     """What they translate, the recipes' tests show."""
     folder, _ = translation

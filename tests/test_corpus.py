@@ -124,3 +124,10 @@ def test_languages_of_regions(given, languages):
 def test_other_languages_are_refused(given):
     with pytest.raises(text.CorpusError, match=f"--langs is '{given}'; allowed: two languages"):
         text.languages_of(given)
+
+
+def test_a_corpus_that_is_no_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes("a\tein\nb\tschön\n".encode("latin-1"))
+    with pytest.raises(text.CorpusError, match=r"pairs.tsv, line 2: no UTF-8 .* 0xf6 at byte 5"):
+        text.read_pairs(path)

@@ -574,6 +574,43 @@ def test_different_numbers_of_lines_are_refused(raw, tmp_path):
     assert not Path(f"{out}-smoke", "text").exists()
 
 
+def test_a_text_that_is_no_utf8_is_named(raw, tmp_path):
+    for file in (raw / "multi30k").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with gzip.open(tmp_path / "train.de.gz", "rb") as file:
+        text = file.read()
+    with gzip.open(tmp_path / "train.de.gz", "wb") as file:
+        file.write("schön \n".encode("latin-1") + text.split(b"\n", 1)[1])
+    out = tmp_path / "out"
+    printed = refused(MULTI30K / "prepare.sh", "--smoke", "--raw", tmp_path, "--out", out)
+    assert "is no UTF-8 text; of a latin-1 file  iconv -f latin1 -t utf-8  makes one" in printed
+    assert not Path(f"{out}-smoke", "text").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "neighbors: words near the target"),
+        (["--self-kd-candidates", "past"], "past: what the model gave when it last saw"),
+        (["--self-kd-candidates=prediction"], "prediction: the word that the model predicts (near"),
+        (
+            ["--self-kd-candidates", "stored", "--self-kd-teacher", "t.skd"],
+            "stored: what finished models give, from t.skd",
+        ),
+    ],
+)
+def test_the_soft_targets_are_named(tmp_path, options, said):
+    data(tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "fairseq-train").write_text("#!/bin/sh\n")
+    (tools / "fairseq-train").chmod(0o755)
+    printed = script(
+        MULTI30K / "train.sh", "self_kd", "--out", tmp_path, *options, first_on_path=tools
+    )
+    assert f"  soft targets: {said}" in printed
+
+
 def test_a_missing_tool_and_a_full_disk_are_named(raw, tmp_path):
     printed = refused(
         WIKITEXT103 / "prepare.sh",

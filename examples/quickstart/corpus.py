@@ -117,14 +117,21 @@ def read_pairs(path: Path) -> List[Pair]:
     Raises
     ------
     CorpusError
-        If there is no such file, or a line has not exactly two columns: it names the line.
+        If there is no such file, or a line is no UTF-8 or has not exactly two columns: it names
+        the line.
     """
     if not path.is_file():
         raise CorpusError(f"PAIRS={path}: there is no such file")
     pairs = []
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            columns = line.rstrip("\r\n").split("\t")
+            try:
+                columns = line.decode("utf-8").rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as error:
+                raise CorpusError(
+                    f"{path}, line {number}: no UTF-8 ({error.reason} {line[error.start]:#x} at "
+                    f"byte {error.start}). Of a latin-1 file  iconv -f latin1 -t utf-8  makes one"
+                ) from error
             if len(columns) != 2:
                 raise CorpusError(
                     f"{path}, line {number}: {len(columns)} columns; each line must be a source "
