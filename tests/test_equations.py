@@ -35,19 +35,24 @@ class TestSchedule:
         assert self_kd_weight(0, 0.8) == 0.8
 
     @pytest.mark.parametrize(
-        ("candidates", "updates", "warmup", "expected"),
+        ("candidates", "updates", "warmup", "expected", "of_a_language_model"),
         [
-            ("past", 6000, 500, (0, 6000)),
-            ("neighbors", 6000, 500, (1500, 500)),
-            ("prediction", 6000, 2000, (2000, 500)),
-            ("both", 1007, 0, (251, 83)),  # whole updates
-            ("past", None, 500, (1000, 1000)),
-            ("stored", 6000, 500, (0, 0)),
+            ("past", 6000, 500, (0, 6000), (0, 6000)),
+            ("neighbors", 6000, 500, (3000, 3000), (1500, 500)),
+            ("prediction", 6000, 2000, (3000, 3000), (2000, 500)),
+            ("both", 1007, 0, (503, 504), (251, 83)),  # whole updates
+            ("neighbors", 600, 1000, (1000, 0), (1000, 50)),
+            ("past", None, 500, (1000, 1000), (1000, 1000)),
+            ("stored", 6000, 500, (0, 0), (0, 0)),
         ],
     )
-    def test_derived_from_the_length(self, candidates, updates, warmup, expected):
+    def test_derived_from_the_length(
+        self, candidates, updates, warmup, expected, of_a_language_model
+    ):
         source = SOURCES[candidates](SelfKDOptions(), None)
         assert source.schedule(TrainingLength(updates, warmup, "somewhere")) == expected
+        length = TrainingLength(updates, warmup, "somewhere", language_model=True)
+        assert source.schedule(length) == of_a_language_model
         assert source.schedule(None) == ((0, 0) if candidates == "stored" else (1000, 1000))
 
 

@@ -36,7 +36,8 @@ def test_the_table_of_options_has_every_option_and_its_default():
         f"--self-kd-{name.replace('_', '-')}": "auto" if value is None else str(value)
         for name, value in vars(SelfKDOptions()).items()
     }
-    expected["--self-kd-candidates"] = "auto"  # which the task decides
+    expected["--self-kd-candidates"] = "auto"  # which means the neighbors
+    expected["--self-kd-teacher"] = "none"
     assert table == expected
     assert SelfKDOptions().signature() in README
 
@@ -56,7 +57,8 @@ def test_the_criterion_has_the_same_options():
     for name, value in vars(SelfKDOptions()).items():
         configured = getattr(config, f"self_kd_{name}")
         automatic = value is None or name == "candidates"
-        assert str(configured) == ("auto" if automatic else str(value))
+        missing = "None" if name == "teacher" else "auto"
+        assert str(configured) == (missing if automatic else str(value))
 
 
 def test_the_benchmark_tables_are_those_of_the_measurement():

@@ -100,7 +100,8 @@ def teach(
             "the dictionary"
         )
     with waiting("reading the checkpoints' checksums"):
-        described = [{"file": one.name, "sha256": _sha256(one)} for one in checkpoints]
+        named = zip(output.labels(checkpoints), checkpoints)
+        described = [{"file": name, "sha256": _sha256(one)} for name, one in named]
     teacher = {
         "checkpoints": described,
         "temperature": temperature,
