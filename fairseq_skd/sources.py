@@ -203,8 +203,8 @@ class NeighborsSource(Source):
         """
         if length is None or length.updates is None:
             return UNKNOWN
-        updates, warmup, _, language_model = length
-        if language_model:
+        updates, warmup = length.updates, length.warmup_updates
+        if length.language_model:
             return max(warmup, updates // 4), updates // 12
         start = max(warmup, updates // 2)
         return start, max(updates - start, 0)

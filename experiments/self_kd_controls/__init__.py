@@ -34,7 +34,7 @@ blocks with the projection. All but ``self_kd_uniform`` and those of the past ar
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Callable, ClassVar, Dict, Mapping, Optional, Tuple, Type, Union
 
 import numpy as np
 import torch
@@ -316,7 +316,7 @@ class PastKeptCriterion(SelfKDCriterion):
         def trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
             return kept(super().trust(soft, target))
 
-    sources = {**SOURCES, "past": _Kept}
+    sources: ClassVar[Mapping[str, Type[Source]]] = {**SOURCES, "past": _Kept}
 
 
 @register_criterion("self_kd_past_averaged", dataclass=SelfKDCriterionConfig)
@@ -326,7 +326,7 @@ class PastAveragedCriterion(SelfKDCriterion):
     class _Averaged(PastSource):
         past_class = AveragedPast
 
-    sources = {**SOURCES, "past": _Averaged}
+    sources: ClassVar[Mapping[str, Type[Source]]] = {**SOURCES, "past": _Averaged}
 
 
 @register_criterion("self_kd_past_believed", dataclass=SelfKDCriterionConfig)
@@ -337,7 +337,7 @@ class PastBelievedCriterion(SelfKDCriterion):
         def trust(self, soft: SoftTarget, target: Tensor) -> SoftTarget:
             return soft
 
-    sources = {**SOURCES, "past": _Believed}
+    sources: ClassVar[Mapping[str, Type[Source]]] = {**SOURCES, "past": _Believed}
 
 
 @dataclass
