@@ -22,6 +22,7 @@ from benchmarks.workloads import (
     GPU_SHAPES,
     LARGE,
     PAST,
+    STORED,
     Shape,
     Training,
     criteria,
@@ -124,7 +125,7 @@ def _measure(
         rows += _times(LOSS, name, losses(shape, dtype), rounds, kind=kind)
     if only in (None, "memory"):
         for what in (STEP_MEMORY, START_MEMORY) if shape.layers else ():
-            rows += _memory(what, name, [BASELINE, "self-KD", PAST], kind)
+            rows += _memory(what, name, [BASELINE, "self-KD", PAST, STORED], kind)
         if on_gpu or not deep:
             rows += _memory(MEMORY, name, [BASELINE, "self-KD", "self-KD from logits"], kind)
     return rows

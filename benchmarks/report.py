@@ -29,7 +29,7 @@ def read(path: Path = CSV) -> List[Row]:
 
 
 def table(rows: List[Row]) -> str:
-    """Return the medians as Markdown, a table a kind of measurement, as docs/performance.md has."""
+    """Return the medians as Markdown, a table a kind of measurement."""
     lines: List[str] = []
     for what in dict.fromkeys(row["what"] for row in rows):
         cells = {(_place(row), row["name"]): row for row in rows if row["what"] == what}
@@ -44,6 +44,34 @@ def table(rows: List[Row]) -> str:
             figures = [_cell(cells.get((shape, name)), name == names[0]) for name in names]
             lines.append(f"| {shape} | {' | '.join(figures)} |")
     return "\n".join(lines[1:])
+
+
+def summary(rows: List[Row]) -> str:
+    """Return steps and their memory as one table of Markdown, in parts of label smoothing's."""
+    kinds = ("training step (forward, backward, Adam)", "memory added by a training step")
+    found = {(row["what"], _place(row), row["name"]): row for row in rows}
+    shapes = dict.fromkeys(_place(row) for row in rows if row["what"] in kinds)
+    # Only what somebody measured.
+    names = {
+        kind: [name for name in CRITERIA if any((kind, shape, name) in found for shape in shapes)]
+        for kind in kinds
+    }
+    heads = [f"{name}{' (memory)' * (kind == kinds[1])}" for kind in kinds for name in names[kind]]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for shape in shapes:
+        cells = [
+            _short(found.get((kind, shape, name)), name == BASELINE)
+            for kind in kinds
+            for name in names[kind]
+        ]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _short(row: Optional[Row], base: bool) -> str:
+    if row is None:
+        return ""
+    return _cell(row, True) if base else f"x {float(row['ratio']):.2f}"
 
 
 def _place(row: Row) -> str:

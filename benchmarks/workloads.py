@@ -19,15 +19,18 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq_skd import (
     PastPredictions,
     SelfTeacher,
+    StoredTargets,
     TextLayout,
     nearest_neighbors,
     self_kd_cross_entropy,
     self_kd_linear_cross_entropy,
+    write_stored_targets,
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BASELINE = "label smoothing"
 PAST = "self-KD, past"
+STORED = "self-KD, stored"
 _ELIGIBLE = 1_000
 _SELF_KD = ["--self-kd-start-update", "0", "--self-kd-ramp-updates", "0", "--self-kd-weight", "0.5"]
 CRITERIA = {
@@ -38,6 +41,10 @@ CRITERIA = {
     PAST: [
         *("self_kd", "--label-smoothing", "0.1", *_SELF_KD, "--self-kd-candidates", "past"),
         *("--self-kd-top-k", "8"),
+    ],
+    STORED: [
+        *("self_kd", "--label-smoothing", "0.1", *_SELF_KD, "--self-kd-candidates", "stored"),
+        *("--self-kd-teacher", "made"),
     ],
     "self-KD, weight 0": ["self_kd", "--label-smoothing", "0.1", "--self-kd-weight", "0"],
     "cross-entropy": ["cross_entropy"],
@@ -115,10 +122,18 @@ class Training:
         self.optimizer = optim.build_optimizer(config.optimizer, list(self.model.parameters()))
         self.sample = _sample(shape)
         self.update = update
-        if name == PAST:
+        if name in (PAST, STORED):
             self.folder = tempfile.TemporaryDirectory()  # removed with the training
+        if name == PAST:
             layout = TextLayout(np.full(*self.sample["target"].shape), "benchmark")
             self.criterion.source._past = PastPredictions(Path(self.folder.name, "past"), layout, 8)
+        if name == STORED:
+            path = Path(self.folder.name, "stored")
+            sentences, length = self.sample["target"].shape
+            top = torch.rand(sentences, length, 8).topk(8, 2)
+            ids = torch.randint(shape.words, top.values.shape)
+            write_stored_targets(path, zip(ids, top.values / 8))
+            self.criterion.source._teacher = StoredTargets(path)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Teach a student of any translation recipe with the recipe's finished runs.
+#
+#   student.sh RECIPE RUN[:RUN...] [--out DIR] [--name NAME] [--seed N] [--precision P]
+#              [--joined-dictionary] [--smoke] [OPTIONS]
+#
+#   RECIPE    multi30k, iwslt14_de_en or wmt14_en_de
+#   RUN       folders of finished runs in DIR; their mean is the teacher. Of each the average is taken
+#             where evaluate.sh has made one, else the best checkpoint
+#   --name    folder of the student in DIR (default: taught-seedN)
+#   OPTIONS   anything else goes to fairseq-train, the student's size for example; the other options are
+#             those of the recipe's train.sh
+#
+# What was interrupted goes on with the same command. The student is scored by the recipe's
+# evaluate.sh: the command is printed at the end.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
+
+[ $# -ge 2 ] || help
+RECIPE=$1 RUNS=$2
+shift 2
+FOLDER=$(dirname "$FOLDER")/$RECIPE
+[ -f "$FOLDER/train.sh" ] || stop "the recipe is $RECIPE; allowed: multi30k, iwslt14_de_en, wmt14_en_de"
+OFFERED="--joined-dictionary"
+train_options self_kd "$@"
+need fairseq-skd
+paths=""
+IFS=: read -r -a names <<< "$RUNS"
+for name in "${names[@]}"; do
+    [ -f "$OUT/$name/done" ] || stop "$OUT/$name is no finished run; train.sh of $RECIPE makes one"
+    checkpoint=$OUT/$name/average.pt
+    [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt
+    paths=${paths:+$paths:}$checkpoint
+done
+TEACHER=$OUT/teacher-$(printf '%s' "$RUNS" | tr ':' '+').skd
+say "Teaching: what $RUNS give(s) to every word of the training text"
+run fairseq-skd teach "$DATA" --path "$paths" --output "$TEACHER"
+name=()
+[ -n "$NAME" ] || name=(--name "taught-seed$SEED")
+"$FOLDER/train.sh" self_kd "$@" "${name[@]}" --self-kd-candidates stored --self-kd-teacher "$TEACHER"

@@ -1,0 +1,172 @@
+"""What is to be run: the declaration of experiments, read and checked."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class PlanError(Exception):
+    """The declaration asks for something that is not there; the message says what is."""
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Runs whose best checkpoints teach, and the file of their words."""
+
+    runs: Sequence["Run"]
+    file: Path
+
+    @property
+    def command(self) -> List[str]:
+        """Return the command that writes the file."""
+        paths = ":".join(str(run.folder / "checkpoint_best.pt") for run in self.runs)
+        program = [str(Path(sys.executable).parent / "fairseq-skd"), "teach"]
+        return [*program, str(self.runs[0].data), "--path", paths, "--output", str(self.file)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm of one task with one seed.
+
+    Attributes
+    ----------
+    experiment, task, arm : str
+        Their names in the declaration.
+    recipe, out : Path
+        The folder of the recipe's scripts, and that of its data, in which the run gets its own.
+    criterion : str
+        Of ``train.sh``.
+    options, evaluate_options, prepare_options : sequence of str
+        For ``train.sh``, ``evaluate.sh`` and ``prepare.sh``.
+    teachers : Teachers, optional
+        What has to be there before.
+    """
+
+    experiment: str
+    task: str
+    arm: str
+    seed: int
+    recipe: Path
+    out: Path
+    criterion: str
+    options: Sequence[str]
+    evaluate_options: Sequence[str]
+    prepare_options: Sequence[str]
+    teachers: Optional[Teachers] = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the recipe keeps what it trains; experiments share it."""
+        return self.out / f"{self.task}-{self.arm}-seed{self.seed}"
+
+    @property
+    def data(self) -> Path:
+        """The binarised text."""
+        return self.out / "data"
+
+    @property
+    def evaluation(self) -> Path:
+        """What evaluate.sh has printed."""
+        return self.folder / "evaluation.txt"
+
+    @property
+    def prepare(self) -> List[str]:
+        """Return the command that prepares its data."""
+        script = str(self.recipe / "prepare.sh")
+        return [script, "--out", str(self.out), *self.prepare_options]
+
+    @property
+    def train(self) -> List[str]:
+        """Return the command that trains."""
+        taught = [] if self.teachers is None else ["--self-kd-teacher", str(self.teachers.file)]
+        return [str(self.recipe / "train.sh"), *self._which(), *self.options, *taught]
+
+    @property
+    def evaluate(self) -> List[str]:
+        """Return the command that scores."""
+        return [str(self.recipe / "evaluate.sh"), *self._which(), *self.evaluate_options]
+
+    def _which(self) -> List[str]:
+        name = ["--out", str(self.out), "--name", self.folder.name, "--seed", str(self.seed)]
+        return [self.criterion, *name]
+
+
+def read(path: Path, out: Path) -> List[Run]:
+    """Return all runs of a declaration, experiment by experiment and seed by seed.
+
+    Parameters
+    ----------
+    path : Path
+        ``plan.yaml`` is one, and says what it means.
+    out : Path
+        Holds a folder of prepared data for each task.
+
+    Raises
+    ------
+    PlanError
+        If a name is not declared.
+    """
+    declared: Any = OmegaConf.to_container(OmegaConf.load(path))
+    runs = []
+    for experiment in declared["experiments"]:
+        for seed in experiment["seeds"]:
+            for arm in experiment["arms"]:
+                run = _run(path, declared, out, experiment["task"], arm, seed, experiment["name"])
+                runs.append(run)
+    return runs
+
+
+def _run(
+    path: Path, declared: Any, out: Path, task_name: str, arm_name: str, seed: int, experiment: str
+) -> Run:
+    task = _named(path, "task", task_name, declared["tasks"])
+    arm = _named(path, "arm", arm_name, declared["arms"])
+    folder = out / task["data"]
+    options = _flat([task.get("options", []), arm.get("options", [])])
+    places = {"root": str(ROOT), "seed": str(seed)}
+    teachers = None
+    if "teachers" in arm:
+        which = arm["teachers"]
+        taught_by = [
+            _run(path, declared, out, which["task"], which["arm"], its_seed, experiment)
+            for its_seed in which["seeds"]
+        ]
+        name = f"{which['task']}-{which['arm']}-seeds{'+'.join(map(str, which['seeds']))}.skd"
+        teachers = Teachers(taught_by, folder / name)
+    return Run(
+        experiment=experiment,
+        task=task_name,
+        arm=arm_name,
+        seed=seed,
+        recipe=ROOT / "examples" / task["recipe"],
+        out=folder,
+        criterion=arm["criterion"],
+        options=[_placed(option, places) for option in options],
+        evaluate_options=_flat(task.get("evaluate", [])),
+        prepare_options=_flat(task.get("prepare", [])),
+        teachers=teachers,
+    )
+
+
+def _named(path: Path, kind: str, name: str, declared: Mapping[str, Any]) -> Dict[str, Any]:
+    if name not in declared:
+        raise PlanError(f"{path}: the {kind} is {name}; allowed: {', '.join(declared)}")
+    found: Dict[str, Any] = declared[name]
+    return found
+
+
+def _flat(options: Sequence[Any]) -> List[str]:
+    """Return options in one list; a declaration may hold them in lists of lists."""
+    lists = (_flat(option) if isinstance(option, list) else [str(option)] for option in options)
+    return [option for part in lists for option in part]
+
+
+def _placed(option: str, places: Mapping[str, str]) -> str:
+    for name, value in places.items():
+        option = option.replace(f"{{{name}}}", value)
+    return option
