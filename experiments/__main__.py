@@ -59,9 +59,7 @@ def main() -> None:
     except PlanError as error:
         sys.exit(f"python -m experiments: {error}")
     complete = [run for run in runs if run.evaluation.exists()]
-    threads = f"{processor()}, {max(1, (os.cpu_count() or 1) // args.jobs)} thread(s)"
-    machine = f"{threads}, torch {torch.__version__}, Python {platform.python_version()}"
-    figures.write([row for run in complete for row in figures.rows(run, machine)], args.csv)
+    figures.write([row for run in complete for row in figures.rows(run)], args.csv)
     print(f"{len(complete)} of {len(runs)} runs are complete; figures: {args.csv}")
     if failure:
         sys.exit(failure)
@@ -77,6 +75,10 @@ class Runner:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}
+        self.machine = (
+            f"{processor()}, {threads} thread(s), torch {torch.__version__}, "
+            f"Python {platform.python_version()}"
+        )
         self.processes: Set[subprocess.Popen[bytes]] = set()
         self.stopped = False
         # Two arms may have one teacher, and two experiments one run: one at a time works on it.
@@ -114,6 +116,8 @@ class Runner:
     def _train(self, run: Run) -> None:
         with self._alone(run.folder):  # train.sh itself knows whether there is anything to do
             run.folder.mkdir(parents=True, exist_ok=True)
+            if not run.machine.exists():
+                run.machine.write_text(self.machine, encoding="utf-8")
             self._command(run.train, run.folder / "train.out", "ab")
 
     def _teach(self, teachers: Teachers) -> None:

@@ -56,7 +56,7 @@ LINES = [
 ]  # fmt: skip
 
 
-def rows(run: Run, machine: str) -> List[Row]:
+def rows(run: Run) -> List[Row]:
     """Return a row for each figure of a run that is trained and scored."""
     which = dict(zip(WHICH, (run.experiment, run.task, run.arm, str(run.seed))))
     log = read_log(run.folder / "train.log")
@@ -67,6 +67,7 @@ def rows(run: Run, machine: str) -> List[Row]:
     if seconds is not None:
         found.append(("seconds an update", round(seconds, 3)))
     found += scores(run.evaluation.read_text(encoding="utf-8"))
+    machine = run.machine.read_text(encoding="utf-8")
     figures = ({"measure": name, "value": str(value)} for name, value in found)
     return [{**which, **figure, "machine": machine} for figure in figures]
 

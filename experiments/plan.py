@@ -75,6 +75,11 @@ class Run:
         return self.folder / "evaluation.txt"
 
     @property
+    def machine(self) -> Path:
+        """What it was begun on."""
+        return self.folder / "machine"
+
+    @property
     def prepare(self) -> List[str]:
         """Return the command that prepares its data."""
         script = str(self.recipe / "prepare.sh")
