@@ -241,7 +241,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if self._schedule is None:
             self._schedule = self._derive(length)
         self._save_dir = save_dir
-        if self.source.needs_text and samples:
+        if self._asks_for_text and samples:
             self.source.open(num_updates)
             self._texts = deque(map(self._text_of, samples))
             for text in filter(None, self._texts):
@@ -466,9 +466,13 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         notes = self.training and self.source.notes and self.options.weight > 0
         return self.options.top_k if notes else 0
 
+    @property
+    def _asks_for_text(self) -> bool:
+        return self.source.needs_text and self.options.weight > 0
+
     def _next_text(self, sample: Dict[str, Any]) -> Optional[Text]:
         """Return which sentences a batch has; None for a dummy batch, or if nobody asks."""
-        if not self.source.needs_text or self.options.weight == 0:
+        if not self._asks_for_text:
             return None
         if self._texts:
             return self._texts.popleft()

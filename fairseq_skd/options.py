@@ -32,7 +32,7 @@ class SelfKDOptions:
     ramp_updates: Optional[int] = None
     candidates: str = "neighbors"
     top_k: int = 10
-    # Similarity and scale are what validation text has chosen: docs/results/tuning.md
+    # Similarity and scale are what validation text has chosen: docs/results/tried.md
     similarity: str = "cosine"
     sigma: Optional[float] = None
     sigma_scale: float = 0.5

@@ -209,8 +209,13 @@ class NeighborsSource(Source):
         start = max(warmup, updates // 2)
         return start, max(updates - start, 0)
 
+    def check_words(self, count: int) -> None:
+        """Refuse a k that somebody chose and that is too large; the default's becomes smaller."""
+        if self.options.top_k != SelfKDOptions.top_k:
+            self.options.check_top_k(count)
+
     def targets(self, batch: Batch) -> Optional[SelfTeacher]:
-        """Return the projection's teacher.
+        """Return the projection's teacher; None if no word can be a neighbour of another.
 
         It is made at the first batch, so that settings that cannot work are refused then, and
         refreshed when there is something to teach.
@@ -221,7 +226,7 @@ class NeighborsSource(Source):
         if taught is None:
             teacher = self.new_teacher(batch)
             taught = self.taught[id(batch.owner)] = _Taught(batch.owner, teacher)
-        if batch.weight == 0:
+        if batch.weight == 0 or taught.teacher.top_k == 0:
             return None
         interval = batch.num_updates // self.options.refresh_interval
         if interval != taught.interval:
@@ -238,12 +243,15 @@ class NeighborsSource(Source):
         """Return a teacher for a projection."""
         options = self.options
         eligible, on_target_side = self.host.eligible(batch.dictionary)
-        options.check_top_k(len(eligible))
+        self.check_words(len(eligible))
+        top_k = max(min(options.top_k, len(eligible) - 1), 0)  # of DNA there are four words
+        if top_k < options.top_k:
+            self.host.say(f"{len(eligible)} words can be neighbors: k is {top_k}")
         side = " (joined dictionary: those of the target side)" if on_target_side else ""
         self.host.say(f"{len(eligible)} of {len(batch.dictionary)} words are eligible{side}")
         return self.teacher_class(
             candidates=options.candidates,
-            top_k=options.top_k,
+            top_k=top_k,
             similarity=options.similarity,
             sigma=options.sigma,
             sigma_scale=options.sigma_scale,

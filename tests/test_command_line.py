@@ -12,7 +12,7 @@ import torch
 
 from fairseq_skd import command_line
 from fairseq_skd.checkpoints import read_checkpoint
-from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command
+from tests.conftest import PLUGIN, ROOT, TINY, TINY_LM, command, preprocess
 
 TRAINING = [
     *("--user-dir", PLUGIN, "--cpu", "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 200),
@@ -261,6 +261,39 @@ def test_one_swap_trains_a_language_model(corpus, tmp_path, task):
         )
     assert "start at update 3, ramp of 1 updates" in output
     assert float(logged(output)[-1]["self_kd_mass"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "said"), [("acgt", "4 words can be .*: k is 3"), ("a", "k is 0")]
+)
+def test_one_swap_trains_on_a_text_of_few_words(tmp_path, alphabet, said):
+    """Nobody has chosen k = 10; where nobody can share, it is label smoothing."""
+    for part, count in (("train", 60), ("valid", 8)):
+        lines = [
+            " ".join(alphabet[(i * j) % len(alphabet)] for j in range(1, 9)) for i in range(count)
+        ]
+        (tmp_path / part).write_text("\n".join(lines) + "\n")
+    parts = [
+        f"--{part}pref" if k else tmp_path / part for part in ("train", "valid") for k in (1, 0)
+    ]
+    preprocess("--only-source", *parts, "--destdir", tmp_path / "data")
+    base = ["--task", "language_modeling", "--tokens-per-sample", 12, "--arch", "transformer_lm"]
+    base += [*TINY_LM, "--max-update", 8, "--label-smoothing", 0.1, "--criterion", "self_kd"]
+    base += ["--required-batch-size-multiple", 1]
+    output = train(tmp_path / "data", tmp_path / "run", base=base)
+    assert re.search(said, output)
+    assert (float(logged(output)[-1]["self_kd_mass"]) > 0) == (alphabet != "a")
+    with pytest.raises(AssertionError, match="--self-kd-top-k is 9; allowed: 1 to "):
+        train(tmp_path / "data", tmp_path / "other", "--self-kd-top-k", 9, base=base)
+
+
+def test_weight_0_is_label_smoothing_without_any_file(corpus, tmp_path):
+    base = [*TRANSFORMER, "--criterion", "self_kd", "--self-kd-weight", 0, "--max-epoch", 1]
+    base += ["--self-kd-candidates"]
+    train(corpus / "pair", tmp_path / "past", base=[*base, "past"])
+    absent = ["stored", "--self-kd-teacher", tmp_path / "absent"]
+    train(corpus / "pair", tmp_path / "stored", base=[*base, *absent])
+    assert not list(tmp_path.glob("*/self_kd_past*"))
 
 
 @pytest.mark.parametrize("candidates", ["past", "neighbors"])
