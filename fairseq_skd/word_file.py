@@ -173,10 +173,15 @@ def make(path: Path, head: Dict[str, Any], lengths: np.ndarray, advice: str) -> 
             file.seek(sizes.starts)
             file.write(np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes())
         os.chmod(partial, 0o644)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(partial, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(partial, path)
     finally:
-        os.unlink(partial)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
     return f"{path} made for {needed}; {free / 1e9:.1f} GB were free"
 
 

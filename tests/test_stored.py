@@ -195,6 +195,15 @@ def test_two_that_make_one_file_at_once_share_it(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["t"]
 
 
+def test_a_file_system_without_links_does(tmp_path, monkeypatch):
+    def refuses(source, place):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuses)
+    TargetsWriter(tmp_path / "t", {"top_k": 3}, TextLayout(np.array([2]), "a text"))
+    assert os.listdir(tmp_path) == ["t"]
+
+
 # ---- the criterion ------------------------------------------------------------------------------
 
 
