@@ -21,6 +21,8 @@ COMBINATIONS = [
     ("3.11", "2.4.1"),
     ("3.11", "2.9.1"),
     ("3.11", "2.13.0"),
+    ("3.11", "2.14.1"),
+    ("3.11", "2.15.0"),
     ("3.12", "2.13.0"),
 ]
 #: What the interpreter of a torch's Triton needs, in which tests/test_kernels.py runs.
