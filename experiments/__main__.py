@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         page = figures.PAGE.read_text(encoding="utf-8")
-        made = figures.placed(page, figures.table(figures.read(figures.CSV)))
+        made = figures.placed(page, figures.table(figures.read(args.csv)))
         figures.PAGE.write_text(made, encoding="utf-8")
         return
     if args.jobs < 1:

@@ -141,6 +141,8 @@ def _run(
             _run(path, declared, out, which["task"], which["arm"], its_seed, experiment)
             for its_seed in which["seeds"]
         ]
+        if taught_by[0].out != folder:
+            raise PlanError(f"{path}: the teachers of {arm_name} have other data than {task_name}")
         name = f"{which['task']}-{which['arm']}-seeds{'+'.join(map(str, which['seeds']))}.skd"
         teachers = Teachers(taught_by, folder / name)
     return Run(

@@ -295,7 +295,7 @@ def shards(task: Any) -> int:
     return len(utils.split_paths(getattr(settings_of(task), "data", None) or ""))
 
 
-def text_layout(task: Any, candidates: str) -> TextLayout:
+def text_layout(task: Any) -> TextLayout:
     """Return the lengths of the training text that is loaded, and a fingerprint of it.
 
     What only pads batches does not count: ``--num-batch-buckets``, ``--required-seq-len-multiple``.
@@ -304,13 +304,11 @@ def text_layout(task: Any, candidates: str) -> TextLayout:
     ----------
     task : FairseqTask
         With its training set loaded.
-    candidates : str
-        What it is for, for the message.
 
     Raises
     ------
     ValueError
-        If a sentence has no place of its own, or words are not where it has them.
+        If a sentence has no place of its own, or words are not where it has them: the reason.
     """
     dataset = training_set(task)
     reason = None
@@ -327,10 +325,7 @@ def text_layout(task: Any, candidates: str) -> TextLayout:
     else:
         reason = f"the training data is a {type(dataset).__name__}"
     if reason is not None:
-        raise ValueError(
-            f"--self-kd-candidates is {candidates}; allowed: neighbors, prediction, both, since "
-            f"{reason}. `{candidates}` needs pairs of sentences or blocks of one text"
-        )
+        raise ValueError(f"{reason}; pairs of sentences or blocks of one text are needed")
     digest = hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes())
     digest.update("\n".join(dictionary.symbols).encode())
     for index in np.linspace(0, len(lengths) - 1, min(len(lengths), 1000), dtype=np.int64):

@@ -492,7 +492,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
             say=lambda line: logger.info(f"self_kd: {line}"),
             eligible=lambda dictionary: compatibility.eligible_words(dictionary, task),
             data=lambda: compatibility.training_set(task),
-            layout=lambda candidates: compatibility.text_layout(task, candidates),
+            layout=lambda: compatibility.text_layout(task),
             shards=lambda: compatibility.shards(task),
             place=self._place,
             machine=compatibility.machine,

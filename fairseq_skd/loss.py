@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_skd.soft_targets import SelfTeacher, SoftTarget
+from fairseq_skd.soft_targets import LARGEST_SUM, SelfTeacher, SoftTarget
 
 __all__ = [
     "Losses",
@@ -42,9 +42,6 @@ __all__ = [
 # Rows are taken in blocks of about this many bytes in float32, so that what is written by one
 # operation is still in the cache for the next, and half-precision logits are never all widened.
 _BLOCK_BYTES = 16 * 2**20
-
-# What the weights of a soft target may add up to: half precision has 8 to 11 bits.
-_LARGEST_SUM = 1.01
 
 
 class TopWords(NamedTuple):
@@ -293,7 +290,7 @@ def known_soft_target(soft_target: SoftTarget, ignored: Tensor, num_words: int) 
     total = weights.sum(1, dtype=wide)
     # NaN fails every comparison, and a sum with infinity in it is infinite or NaN.
     torch._assert_async(
-        (weights >= 0).all() & (total <= _LARGEST_SUM).all(),
+        (weights >= 0).all() & (total <= LARGEST_SUM).all(),
         "self-KD: the weights of the soft target are no distribution: they must be probabilities, "
         "not negative (of log-probabilities take exp()), finite, and add up to at most 1 in a row",
     )
@@ -301,7 +298,7 @@ def known_soft_target(soft_target: SoftTarget, ignored: Tensor, num_words: int) 
     if share is not None:
         share = share.masked_fill(ignored, 0)
         torch._assert_async(
-            ((share >= 0) & (share <= _LARGEST_SUM)).all(),
+            ((share >= 0) & (share <= LARGEST_SUM)).all(),
             "self-KD: a share of the soft target is no number from 0 to 1",
         )
     return SoftTarget(ids, weights / total.clamp(min=1).unsqueeze(1), share)

@@ -14,9 +14,19 @@ from torch import Tensor
 
 from fairseq_skd.neighbors import Neighbors, embedding_space, nearest_neighbors
 
-__all__ = ["CANDIDATES", "SelfTeacher", "SoftTarget", "automatic_sigma", "soft_target"]
+__all__ = [
+    "CANDIDATES",
+    "LARGEST_SUM",
+    "SelfTeacher",
+    "SoftTarget",
+    "automatic_sigma",
+    "soft_target",
+]
 
 CANDIDATES = ("neighbors", "prediction", "both")
+
+#: What the weights of a soft target may add up to: half precision has 8 to 11 bits.
+LARGEST_SUM = 1.01
 
 
 class SoftTarget(NamedTuple):

@@ -93,8 +93,8 @@ class Host(NamedTuple):
     data : callable
         Returns an object that is another one as soon as another text has been loaded.
     layout : callable
-        Returns the `TextLayout` of the training text; raises ValueError if its sentences have no
-        places of their own. It is passed the name of the candidates, for the message.
+        Returns the `TextLayout` of the training text; raises ValueError with the reason if its
+        sentences have no places of their own.
     shards : callable
         Returns in how many parts the text is, of which every epoch has another one.
     place : callable
@@ -111,7 +111,7 @@ class Host(NamedTuple):
     say: Callable[[str], None]
     eligible: Callable[[Any], Tuple[np.ndarray, bool]]
     data: Callable[[], Any]
-    layout: Callable[[str], TextLayout]
+    layout: Callable[[], TextLayout]
     shards: Callable[[], int]
     place: Callable[[str], Path]
     machine: Callable[[], Tuple[str, bool]]
@@ -265,6 +265,16 @@ class _FileSource(Source):
 
     needs_text = True
 
+    def layout(self) -> TextLayout:
+        """Return where the sentences of the training text are."""
+        try:
+            return self.host.layout()
+        except ValueError as error:
+            raise ValueError(
+                f"--self-kd-candidates is {self.options.candidates}; allowed: neighbors, "
+                f"prediction, both, since {error}"
+            ) from error
+
     def file(self) -> WordFile:
         """Return the open file."""
         raise NotImplementedError
@@ -340,7 +350,7 @@ class PastSource(_FileSource):
         opened = functools.partial(
             self.past_class,
             place,
-            self.host.layout("past"),
+            self.layout(),
             self.options.top_k,
             num_updates,
             self.host.skip,
@@ -418,7 +428,7 @@ class StoredSource(_FileSource):
                 f"--self-kd-teacher names {len(files)} files, and the training data has {shards} "
                 "parts; a file for each is needed, with colons between"
             )
-        layout = self.host.layout("stored")
+        layout = self.layout()
         for teacher in files:
             if teacher.belongs_to(layout):
                 self._teacher, self._data = teacher, data
@@ -445,10 +455,12 @@ class StoredSource(_FileSource):
 
 def described(teacher: StoredTargets) -> str:
     """Return a teacher's models, words, temperature and fingerprint: ``2x10@1#1f0c33aa``."""
-    told = teacher.file.head.get("teacher", {})
-    models = len(told.get("checkpoints", [])) or "?"
-    temperature = told.get("temperature", 1)
-    return f"{models}x{teacher.top_k}@{temperature:g}#{teacher.fingerprint}"
+    told = teacher.file.head.get("teacher") or {}
+    checkpoints, temperature = told.get("checkpoints"), told.get("temperature", 1)
+    models = len(checkpoints) if isinstance(checkpoints, list) else "?"
+    if isinstance(temperature, float):
+        temperature = f"{temperature:g}"
+    return f"{models}x{teacher.top_k}@{temperature}#{teacher.fingerprint}"
 
 
 #: By the name of the candidates.

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
@@ -21,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_skd.soft_targets import SoftTarget
+from fairseq_skd.soft_targets import LARGEST_SUM, SoftTarget
 from fairseq_skd.word_file import (
     Sizes,
     TextLayout,
     WordFile,
     WordFileError,
+    checksum,
     head_of,
     make,
     pack,
@@ -34,9 +34,6 @@ from fairseq_skd.word_file import (
 )
 
 __all__ = ["StoredTargets", "TargetsWriter", "write_stored_targets"]
-
-# What a row of probabilities may add up to: those of half precision have 8 to 11 bits.
-_LARGEST_SUM = 1.01
 
 
 class StoredTargets:
@@ -129,15 +126,6 @@ class StoredTargets:
         records = self.file.records(np.asarray(sentences, np.int64), width, skip)
         return self.file.read(records, records.real, device, share=_taught)
 
-    def damaged(self) -> List[int]:
-        """Return the sentences whose words are not what was written; reads all of the file."""
-        file = self.file
-        return [
-            i
-            for i, (begin, end) in enumerate(zip(file.starts, file.starts[1:]))
-            if file.marks[i] != _checksum(file.words[begin:end])
-        ]
-
 
 class TargetsWriter:
     """Writes the words of a text's sentences in any order, and can be interrupted.
@@ -173,8 +161,8 @@ class TargetsWriter:
         head = {"kind": "stored", "text": layout.fingerprint, **head}
         if head_of(path) is None:
             say(make(path, head, layout.lengths, "--output takes another place"))
-        found: Dict[str, Any] = head_of(path) or {}
-        different = [name for name in head if found.get(name) != head[name]]
+        found, wanted = (_compared(one) for one in (head_of(path) or {}, head))
+        different = [name for name in wanted if found.get(name) != wanted[name]]
         if different:
             names = {"text": "the text, dictionary or length of blocks", "top_k": "k"}
             which = ", ".join(names.get(name, name) for name in different)
@@ -185,9 +173,14 @@ class TargetsWriter:
         self.file = WordFile(path)
         self._handle = os.open(path, os.O_WRONLY)
 
-    def missing(self) -> np.ndarray:
-        """Return the sentences that are not written yet, ascending; int64."""
-        return np.flatnonzero(self.file.marks == 0)
+    def missing(self, check: bool = False) -> np.ndarray:
+        """Return the sentences that are not written yet, ascending; int64.
+
+        With ``check`` also those that are not what was written, which after a loss of power can
+        be: all of the file is read.
+        """
+        found = np.flatnonzero(self.file.marks == 0)
+        return np.union1d(found, self.file.damaged()).astype(np.int64) if check else found
 
     def write(self, sentences: np.ndarray, ids: Tensor, probabilities: Tensor) -> None:
         """Write the words of a batch.
@@ -202,10 +195,15 @@ class TargetsWriter:
         all_ids, all_probabilities = ids.cpu().numpy(), probabilities.float().cpu().numpy()
         lengths = self.file.lengths(sentences)
         for i, (sentence, length) in enumerate(zip(sentences, lengths)):
+            if not np.isfinite(all_probabilities[i, :length]).all():
+                raise WordFileError(
+                    f"a teacher gives sentence {sentence} probabilities that are not finite; in "
+                    "float16 its numbers may be too large: leave --fp16 out, or use --bf16"
+                )
             words = pack(all_ids[i, :length], all_probabilities[i, :length])
             start = self.file.sizes.words + int(self.file.starts[sentence]) * words.itemsize
             _write_at(self._handle, words.tobytes(), start)
-            mark = np.array(_checksum(words), "<u4").tobytes()
+            mark = np.array(checksum(words), "<u4").tobytes()
             _write_at(self._handle, mark, self.file.sizes.marks + 4 * int(sentence))
 
     def close(self) -> None:
@@ -245,14 +243,16 @@ def write_stored_targets(
         with os.fdopen(handle, "wb") as file:
             file.seek(Sizes.of(1, 0, 0).words)
             for number, pair in enumerate(sentences):
-                ids, probabilities = (np.asarray(torch.as_tensor(x).float().cpu()) for x in pair)
-                ids = np.asarray(torch.as_tensor(pair[0]).cpu())
+                ids = torch.as_tensor(pair[0]).cpu().numpy()
+                probabilities = torch.as_tensor(pair[1]).float().cpu().numpy()
+                if ids.shape == probabilities.shape:
+                    ids = np.where(probabilities == 0, 0, ids)  # whatever stands there
                 top_k = top_k or ids.shape[-1]
                 _check(number, ids, probabilities, top_k)
                 words = pack(ids, probabilities)
                 file.write(words.tobytes())
                 lengths.append(len(words))
-                marks.append(_checksum(words))
+                marks.append(checksum(words))
             sizes = Sizes.of(max(top_k, 1), len(lengths), sum(lengths))
             file.seek(sizes.starts)
             file.write(np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes())
@@ -281,16 +281,20 @@ def _check(number: int, ids: np.ndarray, probabilities: np.ndarray, top_k: int) 
         )
     if ids.size and not (ids.min() >= 0 and ids.max() < 2**31):
         raise ValueError(f"sentence {number} has ids from {ids.min()} to {ids.max()}")
-    if not (probabilities >= 0).all() or (probabilities.sum(1) > _LARGEST_SUM).any():
+    if not (probabilities >= 0).all() or (probabilities.sum(1) > LARGEST_SUM).any():
         raise ValueError(
             f"the probabilities of sentence {number} are no distribution: they must not be "
             "negative and add up to at most 1 (of log-probabilities take exp())"
         )
 
 
-def _checksum(words: np.ndarray) -> int:
-    """Return the CRC-32 of records, and 1 instead of 0, which means that nothing is written."""
-    return zlib.crc32(words.tobytes()) or 1
+def _compared(head: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what of a head tells whether it is the same file: models by their checksums alone."""
+    told = dict(head.get("teacher") or {})
+    checkpoints = told.pop("checkpoints", [])
+    sums = sorted(str(one.get("sha256") if isinstance(one, dict) else one) for one in checkpoints)
+    rest = {name: head.get(name) for name in ("kind", "text", "top_k")}
+    return {**rest, "checkpoints": sums, **told}
 
 
 def _write_at(handle: int, data: bytes, offset: int) -> None:

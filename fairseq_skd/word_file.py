@@ -20,8 +20,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -133,7 +134,8 @@ def write_head(file: BinaryIO, head: Dict[str, Any]) -> None:
 def make(path: Path, head: Dict[str, Any], lengths: np.ndarray, advice: str) -> str:
     """Make a file in which nothing is written yet, whole or not at all.
 
-    If another process, also of another machine, makes it at the same time, its file stays.
+    If another process, also of another machine, makes it at the same time, its file stays (on a
+    file system without links unless both come within the same moment).
 
     Parameters
     ----------
@@ -177,8 +179,9 @@ def make(path: Path, head: Dict[str, Any], lengths: np.ndarray, advice: str) -> 
             os.link(partial, path)
         except FileExistsError:
             pass
-        except OSError:  # a file system without links
-            os.replace(partial, path)
+        except OSError:  # a file system without links; somebody else's may be there meanwhile
+            if not path.exists():
+                os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
@@ -237,6 +240,17 @@ class WordFile:
     def lengths(self, sentences: np.ndarray) -> np.ndarray:
         """Return how many positions sentences have."""
         return self.starts[sentences + 1] - self.starts[sentences]
+
+    def damaged(self) -> List[int]:
+        """Return the sentences whose mark is not their checksum, but for those without a mark."""
+        self._memory.madvise(mmap.MADV_SEQUENTIAL)
+        wrong = [
+            i
+            for i, (begin, end) in enumerate(zip(self.starts, self.starts[1:]))
+            if self.marks[i] not in (0, checksum(self.words[begin:end]))
+        ]
+        self._memory.madvise(mmap.MADV_RANDOM)
+        return wrong
 
     def expect(self, sentences: np.ndarray) -> None:
         """Let the system read what a batch will ask for, all at once and meanwhile."""
@@ -319,6 +333,11 @@ def pack(ids: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     packed = np.empty(len(ids), record_type(ids.shape[-1]))
     packed["ids"], packed["probabilities"] = ids, probabilities
     return packed
+
+
+def checksum(words: np.ndarray) -> int:
+    """Return the CRC-32 of records, and 1 instead of 0, which means that nothing is written."""
+    return zlib.crc32(words.tobytes()) or 1
 
 
 def _to(tensor: Tensor, device: Optional[torch.device]) -> Tensor:

@@ -111,7 +111,7 @@ def test_words_by_their_counts(taught, model, lm):
 
 def test_scaled_words_leave_nothing_to_others(build, train_step, tmp_path, monkeypatch):
     model = ["--arch", "transformer", *TINY]
-    layout = text_layout(build(*model, *SETTINGS, "--criterion", "self_kd").task, "stored")
+    layout = text_layout(build(*model, *SETTINGS, "--criterion", "self_kd").task)
     row = torch.tensor([0.4, 0.2]), torch.tensor([5, 6])
     words = [(row[1].expand(n, 2), row[0].expand(n, 2)) for n in layout.lengths.tolist()]
     write_stored_targets(tmp_path / "t", words)

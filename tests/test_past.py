@@ -331,9 +331,9 @@ def test_validation_is_not_recorded(build, tmp_path):
 
 
 def test_the_fingerprint_is_of_the_text_and_the_dictionary(build):
-    layout = text_layout(build(*MODELS["transformer"]).task, "past")
-    again = text_layout(build(*MODELS["transformer"]).task, "past")
-    joined = text_layout(build(*MODELS["transformer"], data="joined").task, "past")
+    layout = text_layout(build(*MODELS["transformer"]).task)
+    again = text_layout(build(*MODELS["transformer"]).task)
+    joined = text_layout(build(*MODELS["transformer"], data="joined").task)
     assert layout.fingerprint == again.fingerprint != joined.fingerprint
     assert (layout.lengths == joined.lengths).all()
     assert isinstance(build(*MODELS["transformer"]).task.dataset("train"), LanguagePairDataset)

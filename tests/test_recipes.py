@@ -213,17 +213,21 @@ def test_a_student_is_taught_by_finished_runs(prepared):
         script(MULTI30K / "train.sh", *arguments)
     student = MULTI30K.parent / "distil" / "student.sh"
     runs = "label_smoothed_cross_entropy-seed1:label_smoothed_cross_entropy-seed2"
-    arguments = ["multi30k", runs, "--smoke", "--out", out, "--encoder-embed-dim", 64]
-    arguments += ["--decoder-embed-dim", 64]
-    printed = script(student, *arguments)
+    arguments_of_student = ["--smoke", "--out", out, "--encoder-embed-dim", 64]
+    arguments_of_student += ["--decoder-embed-dim", 64]
+    printed = script(student, "multi30k", runs, *arguments_of_student)
     assert "10 words of every position, the mean of 2 model(s)" in printed
     assert "|cand:stored|teacher:2x10@1#" in printed
     assert "soft targets: stored: what finished models give" in printed
     assert f"evaluate.sh self_kd --smoke --out {out} --name taught-seed1" in printed
     arguments = ["self_kd", "--smoke", "--out", out, "--name", "taught-seed1"]
     assert script(MULTI30K / "evaluate.sh", *arguments).count("BLEU|nrefs:1|case:lc") == 3
+    assert "Taught already" in script(student, "multi30k", runs, *arguments_of_student)
     for wrong, message in (
-        (["multi30k", "absent"], "absent is no finished run; train.sh of multi30k makes one"),
+        (
+            ["multi30k", "absent", "--name", "other"],
+            "absent is no finished run; train.sh of multi30k makes one",
+        ),
         (["mine", runs], "the recipe is mine; allowed: multi30k"),
     ):
         assert message in refused(student, *wrong, "--smoke", "--out", out)

@@ -167,7 +167,7 @@ def test_a_damaged_file_is_found_out(tmp_path):
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\x2a")
-    assert StoredTargets(path).damaged() == [1]
+    assert StoredTargets(path).file.damaged() == [1]
     assert "is damaged: 1 sentences are not what was written, the first one is 1" in refused(
         "doctor", path
     )
@@ -209,7 +209,7 @@ def test_a_file_system_without_links_does(tmp_path, monkeypatch):
 
 def made_for(task, path, k=4):
     """Write a file for a task's training text, and return the rows of every sentence."""
-    layout = text_layout(task, "stored")
+    layout = text_layout(task)
     words = len(task.target_dictionary)
     sentences = [rows(int(n), k, words, i) for i, n in enumerate(layout.lengths)]
     writer = TargetsWriter(path, {"top_k": k, "teacher": {"checkpoints": [{}, {}]}}, layout)
@@ -269,7 +269,7 @@ def test_it_trains_on_the_words_of_the_file(build, train_step, tmp_path, model, 
 
 def test_sentences_without_words_are_trained_as_without_a_teacher(build, train_step, tmp_path):
     task = build(*MODELS["transformer"], *SELF_KD).task
-    layout = text_layout(task, "stored")
+    layout = text_layout(task)
     nothing = [(torch.zeros(n, 2).long(), torch.zeros(n, 2)) for n in layout.lengths.tolist()]
     write_stored_targets(tmp_path / "t", nothing)
     built = build(*MODELS["transformer"], *STORED, tmp_path / "t", *NOW)
@@ -304,14 +304,14 @@ def test_padding_beyond_the_sentences_does_not_count(build, train_step, tmp_path
 def test_buckets_are_padding(build):
     """ve-fairseq fails there with numpy 2, so the data set is wrapped here."""
     task = build(*MODELS["transformer"], *SELF_KD).task
-    expected, dataset = text_layout(task, "past"), task.dataset("train")
+    expected, dataset = text_layout(task), task.dataset("train")
     pad = task.target_dictionary.pad()
     wrapped = BucketPadLengthDataset.__new__(BucketPadLengthDataset)
     wrapped.dataset, wrapped.pad_idx, wrapped.left_pad = dataset.tgt, pad, False
     wrapped._tensor_key, wrapped._bucketed_sizes = None, np.full(len(dataset), 40)
     dataset.tgt, dataset.tgt_sizes = wrapped, wrapped.sizes
     assert len(dataset.tgt[0]) == 40
-    found = text_layout(task, "past")
+    found = text_layout(task)
     assert found.fingerprint == expected.fingerprint
     assert (found.lengths == expected.lengths).all()
 
@@ -449,7 +449,7 @@ def test_shards_write_one_file_and_a_temperature_counts(corpus, teachers, tmp_pa
     assert "80 sentences are still missing" in printed
     assert "80 of 160 sentences are missing" in skd("teach", corpus / "pair", *options)
     stored = StoredTargets(tmp_path / "t")
-    assert stored.damaged() == []
+    assert stored.file.damaged() == []
     expected, _ = dense(teachers[:1], corpus, 2.0)
     for i in (0, 1, 159):
         soft = stored.read([i], len(expected[i]))
@@ -479,7 +479,7 @@ def test_what_was_killed_goes_on(corpus, teachers, taught, tmp_path):
     assert 100 < left < 160
     assert f"{left} of 160 sentences are missing" in skd(*arguments)
     ours, whole = StoredTargets(path), StoredTargets(taught[0])
-    assert ours.damaged() == []
+    assert ours.file.damaged() == []
     # Batches of another shape round otherwise.
     found, expected = (x.read(np.arange(160), 12) for x in (ours, whole))
     torch.testing.assert_close(found.weights, expected.weights, rtol=2e-3, atol=1e-6)
@@ -560,6 +560,77 @@ def test_dictionaries_must_be_the_same(corpus, teachers, tmp_path):
     words = [line.split()[0] for line in lines]
     message = refused("teach", other, "--path", teachers[0], "--output", tmp_path / "t")
     assert f"word 7 is {words[4]!r} in one and {words[3]!r} in the other" in message
+
+
+def test_it_is_the_same_teacher_under_another_name_and_damage_is_mended(corpus, teachers, tmp_path):
+    named = []
+    for number, checkpoint in enumerate(teachers):
+        named.append(tmp_path / f"{number}.pt")
+        named[-1].symlink_to(checkpoint)
+    path = tmp_path / "t"
+    teach = ["teach", corpus / "pair", "--output", path, "--top-k", 3, "--path"]
+    skd(*teach, ":".join(map(str, teachers)))
+    fingerprint = StoredTargets(path).fingerprint
+    stored = StoredTargets(path).file
+    with path.open("r+b") as file:
+        file.seek(stored.sizes.words + int(stored.starts[7]) * stored.words.itemsize)
+        file.write(b"\x07\x07\x07")
+    assert "The same fairseq-skd teach command mends it" in refused("doctor", path)
+    assert "1 of 160 sentences are missing" in skd(*teach, f"{named[1]}:{named[0]}")
+    assert StoredTargets(path).file.damaged() == []
+    assert StoredTargets(path).fingerprint == fingerprint
+    message = refused(*teach, teachers[0])
+    assert "it differs in checkpoints. Remove it" in message
+    both = ":".join(map(str, teachers))
+    assert "it differs in temperature" in refused(*teach, both, "--temperature", 2)
+
+
+def test_a_training_text_in_parts_is_taught_as_it_is_trained(corpus, teachers, tmp_path):
+    """train and train1, as `--trainpref a,b` makes them."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in (corpus / "pair").iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+        if file.name.startswith("valid"):
+            (data / file.name.replace("valid", "train1")).write_bytes(file.read_bytes())
+    path = tmp_path / "t"
+    once = ["--upsample-primary", 1]  # -1, fairseq's default, fails there
+    skd("teach", data, "--path", teachers[0], "--output", path, *once)
+    assert len(StoredTargets(path)) == 180
+    base = [*MODELS["transformer"], *STORED, path, "--max-update", 2, "--disable-validation", *once]
+    assert float(logged(train(data, tmp_path / "run", base=base))[-1]["self_kd_mass"]) > 0
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    writer = TargetsWriter(tmp_path / "t", {"top_k": 3}, TextLayout(np.array([2]), "a text"))
+    ids, probabilities = rows(2)
+    probabilities[1, 1] = float("nan")
+    with pytest.raises(
+        WordFileError, match=r"sentence 0 probabilities that are not finite.*--fp16"
+    ):
+        writer.write(np.array([0]), ids[None], probabilities[None])
+    assert writer.missing().tolist() == [0]
+
+
+@pytest.mark.parametrize("told", [{"checkpoints": ["a.pt"]}, {"checkpoints": 2}, {"mine": [1, 2]}])
+def test_a_file_may_tell_anything_of_its_teacher(build, train_step, tmp_path, told):
+    task = build(*MODELS["transformer"], *SELF_KD).task
+    sentences = [(ids, p) for ids, p in (rows(n, 2) for n in text_layout(task).lengths.tolist())]
+    sentences[0][0][0, 1], sentences[0][1][0, 1] = -100, 0  # no word
+    write_stored_targets(tmp_path / "t", sentences, told)
+    assert "whole" in skd("doctor", tmp_path / "t")
+    built = build(*MODELS["transformer"], *STORED, tmp_path / "t", *NOW)
+    assert train_step(built, built.samples[0]).log["self_kd_mass"] > 0
+
+
+def test_commands_look_into_a_student(corpus, taught, tmp_path):
+    base = [*MODELS["transformer"], *STORED, taught[0], "--max-epoch", 1]
+    train(corpus / "pair", tmp_path, base=base)
+    checkpoint = tmp_path / "checkpoint_best.pt"
+    assert machine("neighbors", checkpoint, "--words", "t1")["neighbors"]
+    found = machine("explain", checkpoint, corpus / "pair", "--text", "train")["positions"]
+    assert found[0]["soft_target"]
+    assert machine("explain", checkpoint, corpus / "pair", "--candidates", "past")["positions"]
 
 
 def test_explain_shows_the_teachers_words(corpus, teachers, taught):

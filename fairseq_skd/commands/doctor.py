@@ -95,24 +95,21 @@ def _look_into(path: Path, as_json: bool, as_csv: bool) -> None:
         rows.append({"what": "sentences not seen yet", "found": f"{missing:,}"})
         rows.append({"what": "last update", "found": str(held.marks.max(initial=0))})
     else:
-        teacher = head.get("teacher", {})
-        for checkpoint in teacher.get("checkpoints", []):
-            found = f"{checkpoint['file']}, sha256 {checkpoint['sha256']}"
-            rows.append({"what": "teacher", "found": found})
-        for name in ("temperature", "precision"):
-            if name in teacher:
-                rows.append({"what": name, "found": str(teacher[name])})
+        for name, told in (head.get("teacher") or {}).items():
+            for one in told if isinstance(told, list) else [told]:
+                found = ", ".join(map(str, one.values())) if isinstance(one, dict) else str(one)
+                rows.append({"what": name, "found": found})
         if missing:
             flaw = f"{path} is not finished: {missing} of {len(held.marks)} sentences are missing"
         else:
             stored = StoredTargets(path)
             rows.append({"what": "fingerprint", "found": stored.fingerprint})
             with waiting("reading all of it"):
-                damaged = stored.damaged()
+                damaged = stored.file.damaged()
             if damaged:
                 flaw = (
                     f"{path} is damaged: {len(damaged)} sentences are not what was written, the "
-                    f"first one is {damaged[0]}"
+                    f"first one is {damaged[0]}. The same fairseq-skd teach command mends it"
                 )
         rows.append({"what": "whole", "found": "no" if flaw else "yes"})
     output.show({"file": Titled(str(path), rows)}, {}, as_json, as_csv)

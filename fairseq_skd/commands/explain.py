@@ -101,13 +101,13 @@ def positions(
     CommandError
         If there is no such sentence.
     """
-    dataset = trained.dataset(text)
+    dataset = trained.dataset(text, training=settings.candidates == "stored")
     if not 0 <= sentence < len(dataset):
         raise CommandError(f"--sentence is {sentence}; allowed: 0 to {len(dataset) - 1} in {text}")
     batch = dataset.collater([dataset[sentence]])
     lprobs, target = trained.predict(batch)
     if settings.candidates == "stored":
-        soft, about = _stored(trained, settings, text, sentence, len(target))
+        soft, about = _stored(trained, settings, text, sentence, target)
     else:
         soft, about = _soft_target(trained, settings, lprobs, target)
     return _rows(trained, settings, lprobs, target, soft, shown), about
@@ -125,17 +125,21 @@ def _soft_target(
 
 
 def _stored(
-    trained: Trained, settings: SelfKDOptions, text: str, sentence: int, width: int
+    trained: Trained, settings: SelfKDOptions, text: str, sentence: int, target: Tensor
 ) -> Tuple[SoftTarget, str]:
     trained.task.self_kd_train_subset = text
-    layout = text_layout(trained.task, "stored")
+    try:
+        layout = text_layout(trained.task)
+    except ValueError as error:
+        raise CommandError(f"{text} cannot have a teacher's file, since {error}") from error
     for name in str(settings.teacher).split(":"):
         try:
             teacher = StoredTargets(name)
         except WordFileError as error:
             raise CommandError(str(error)) from error
         if teacher.belongs_to(layout):
-            return teacher.read([sentence], width), f"{name}: {described(teacher)}"
+            soft = teacher.read([sentence], len(target), target.device)
+            return soft, f"{name}: {described(teacher)}"
     raise CommandError(
         f"--teacher is {settings.teacher}, which does not hold the words of {text!r}; --text takes "
         "the text that it was made for"

@@ -1,10 +1,12 @@
 """``fairseq-skd teach``: write what finished models give to every word of a training text."""
 
+import copy
 import hashlib
 import math
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -63,7 +65,8 @@ def teach(
     goes on with the same command.
 
     Options of the task, such as --tokens-per-sample, are those of the first checkpoint's training
-    unless they are given here; the training that learns from the file needs the same ones.
+    unless they are given here (after --task those of the task, as in fairseq's commands); the
+    training that learns from the file needs the same ones.
 
     Example:
 
@@ -73,27 +76,20 @@ def teach(
     checkpoints = [Path(name) for name in path.split(":")]
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
     own = _overrides(context.args)
-    models = [load(one, data, user_dir, {} if task else own) for one in checkpoints]
+    models = [load(one, data, user_dir, on_gpu=False) for one in checkpoints]
     first = models[0]
-    if task is not None:
-        first = first._replace(task=_task(task, data, context.args))
-    else:
-        for name in own:
-            if not hasattr(compatibility.settings_of(first.task), name):
-                raise CommandError(
-                    f"--{name.replace('_', '-')} is no option of fairseq-skd teach, nor of the "
-                    f"task {type(first.task).__name__}"
-                )
+    changed = _changed(first, own) if task is None else _task(task, data, context.args)
+    first = first._replace(task=changed)
     for trained in models:
         _check_dictionaries(trained, first, data)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     modules = [trained.model.to(device, dtype).eval() for trained in models]
-    dataset = first.dataset(subset)
+    dataset = first.dataset(subset, training=True)
     first.task.self_kd_train_subset = subset
     try:
-        layout = compatibility.text_layout(first.task, "stored")
+        layout = compatibility.text_layout(first.task)
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(f"{subset} cannot be taught: {error}") from error
     if top_k > len(first.task.target_dictionary):
         raise CommandError(
             f"--top-k is {top_k}; allowed: 1 to {len(first.task.target_dictionary)}, the words of "
@@ -108,36 +104,44 @@ def teach(
         "precision": str(dtype).replace("torch.", ""),
     }
     try:
+        begun = output_file.exists()
         writer = TargetsWriter(output_file, {"top_k": top_k, "teacher": teacher}, layout, note)
     except WordFileError as error:
         raise CommandError(str(error)) from error
-    missing = writer.missing()
-    mine = missing[missing % num_shards == shard_id]
-    if len(mine) < len(missing) or len(missing) < len(layout.lengths):
+    with waiting("looking at what is written"):
+        missing = writer.missing(check=begun)
+    # Each shard has its own stretch of the file, so that machines do not write side by side.
+    mine = missing[missing * num_shards // max(len(layout.lengths), 1) == shard_id]
+    if begun or len(mine) < len(missing):
         note(f"{len(missing)} of {len(layout.lengths)} sentences are missing; {len(mine)} are ours")
     limits = utils.resolve_max_positions(
         first.task.max_positions(), *(module.max_positions() for module in modules)
     )
     batches = Batches(dataset, mine, limits, max_tokens)
-    if len(batches.too_long):
-        note(
-            f"{len(batches.too_long)} sentences are longer than a teacher reads "
-            f"({limits} positions): nothing is taught there"
-        )
-        _leave_empty(writer, batches.too_long, top_k)
+    if len(mine) and not len(batches):
+        raise CommandError(f"all sentences are longer than a teacher reads ({limits} positions)")
     seen = Seen()
     began = time.time()
     try:
+        if len(batches.too_long):
+            note(
+                f"{len(batches.too_long)} sentences are longer than a teacher reads "
+                f"({limits} positions): nothing is taught there"
+            )
+            _leave_empty(writer, batches.too_long, top_k)
         for batch in progress(batches, "teaching", len(batches)):
             batch = utils.move_to_cuda(batch) if device.type == "cuda" else batch
             seen.add(*_write(writer, modules, first.task, batch, top_k, temperature))
     except KeyboardInterrupt:
         raise CommandError("interrupted; the same command goes on from here") from None
+    except WordFileError as error:
+        raise CommandError(str(error)) from error
     finally:
         writer.close()
     seconds = time.time() - began
     speed = seen.words / max(seconds, 1e-9)
-    rows = [{**seen.figures(), "seconds": seconds, "words_a_second": speed}]
+    left_out = len(batches.too_long)
+    rows = [{**seen.figures(), "left_out": left_out, "seconds": seconds, "words_a_second": speed}]
     left = len(writer.missing())
     title = f"{output_file}: {top_k} words of every position, the mean of {len(models)} model(s)"
     if left:
@@ -204,12 +208,35 @@ def _overrides(arguments: Sequence[str]) -> Dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
     return text
+
+
+def _changed(trained: Trained, own: Mapping[str, Any]) -> Any:
+    """Return a model's task with other options, as they are given; the model stays what it is."""
+    settings = copy.deepcopy(trained.config.task)
+    known = vars(settings) if isinstance(settings, Namespace) else settings
+    for name, value in own.items():
+        option = f"--{name.replace('_', '-')}"
+        if name not in known or name in ("data", "_name"):
+            raise CommandError(
+                f"{option} is no option of fairseq-skd teach, nor of the task "
+                f"{type(trained.task).__name__}"
+            )
+        try:
+            if isinstance(settings, Namespace):
+                setattr(settings, name, value)
+            else:
+                settings[name] = value
+        except Exception as error:  # omegaconf's, of a type that does not fit
+            raise CommandError(f"{option} is {value}: {str(error).splitlines()[0]}") from error
+    return tasks.setup_task(settings) if own else trained.task
 
 
 def _task(name: str, data: Path, arguments: Sequence[str]) -> Any:

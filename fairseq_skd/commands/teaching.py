@@ -51,6 +51,8 @@ def settings_of(trained: Trained, **given: Any) -> SelfKDOptions:
         For a value that is not allowed.
     """
     changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("candidates", "stored") != "stored":
+        changes["teacher"] = None  # of the training, if it had one
     try:
         if "sigma" in changes:
             allowed = "a positive number"

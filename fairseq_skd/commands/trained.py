@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -66,8 +66,8 @@ class Trained(NamedTuple):
         """Of its training; 0 for a criterion that has none."""
         return float(getattr(self.config.criterion, "label_smoothing", 0) or 0)
 
-    def dataset(self, subset: str) -> Any:
-        """Load a text.
+    def dataset(self, subset: str, training: bool = False) -> Any:
+        """Load a text, with ``training`` in all its parts (train, train1, ...) as a training does.
 
         Raises
         ------
@@ -75,7 +75,7 @@ class Trained(NamedTuple):
             If the data has no such text.
         """
         try:
-            self.task.load_dataset(subset)
+            self.task.load_dataset(subset, combine=training)
         except FileNotFoundError as error:
             folder = compatibility.settings_of(self.task).data
             raise CommandError(
@@ -88,7 +88,7 @@ class Trained(NamedTuple):
         """Return the ids of the words that may get probability, and which these are."""
         which = "all of the dictionary but special symbols"
         try:
-            self.task.load_dataset("train")
+            self.task.load_dataset("train", combine=True)
         except FileNotFoundError:
             which += " (no training text is there to tell the target's side)"
         words, on_target_side = compatibility.eligible_words(self.projection.dictionary, self.task)
@@ -141,7 +141,7 @@ def load(
     checkpoint: Path,
     data: Optional[Path] = None,
     user_dir: Optional[Path] = None,
-    overrides: Optional[Mapping[str, Any]] = None,
+    on_gpu: bool = True,
 ) -> Trained:
     """Load a translation or language model, by torch's safe loader.
 
@@ -153,8 +153,8 @@ def load(
         Folder made by fairseq-preprocess, with the dictionary. Default: that of the training.
     user_dir : Path, optional
         Of another plugin that the model needs.
-    overrides : mapping, optional
-        Options of its configuration that are to have other values.
+    on_gpu : bool
+        Put the model on the GPU if there is one.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def load(
     folder = data or data_of(state)
     if folder is None or not list(folder.glob("dict*.txt")):
         raise CommandError(
-            f"{folder} holds no dictionary (dict.txt, dict.LANGUAGE.txt); --data takes the folder "
+            f"{folder} holds no dictionary (dict.txt, dict.LANGUAGE.txt); pass the folder "
             f"that fairseq-preprocess made for {checkpoint}"
         )
     del state
@@ -175,13 +175,13 @@ def load(
     try:
         with waiting(f"loading {checkpoint}"):
             models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-                [str(checkpoint)], arg_overrides={**(overrides or {}), "data": str(folder)}
+                [str(checkpoint)], arg_overrides={"data": str(folder)}
             )
     except RuntimeError as error:
         if "size mismatch" in str(error):
             raise CommandError(
                 f"the dictionary in {folder} has another size than the words of {checkpoint}; "
-                "--data takes the folder that it was trained with"
+                "it needs the folder that it was trained with"
             ) from error
         raise CommandError(f"{checkpoint} cannot be loaded: {error}") from error
     except Exception as error:  # whatever fairseq meets: another plugin's task, a file that is gone
@@ -189,7 +189,8 @@ def load(
             f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     model = models[0].eval()
-    return Trained(model.cuda() if torch.cuda.is_available() else model, task, config, checkpoint)
+    on_gpu = on_gpu and torch.cuda.is_available()
+    return Trained(model.cuda() if on_gpu else model, task, config, checkpoint)
 
 
 def data_of(state: Any) -> Optional[Path]:

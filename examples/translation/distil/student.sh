@@ -2,7 +2,7 @@
 # Teach a student of any translation recipe with the recipe's finished runs.
 #
 #   student.sh RECIPE RUN[:RUN...] [--out DIR] [--name NAME] [--seed N] [--precision P]
-#              [--joined-dictionary] [--smoke] [OPTIONS]
+#              [--joined-dictionary] [--big] [--smoke] [OPTIONS]
 #
 #   RECIPE    multi30k, iwslt14_de_en or wmt14_en_de
 #   RUN       folders of finished runs in DIR; their mean is the teacher. Of each the average is taken
@@ -21,20 +21,28 @@ RECIPE=$1 RUNS=$2
 shift 2
 FOLDER=$(dirname "$FOLDER")/$RECIPE
 [ -f "$FOLDER/train.sh" ] || stop "the recipe is $RECIPE; allowed: multi30k, iwslt14_de_en, wmt14_en_de"
-OFFERED="--joined-dictionary"
+OFFERED="--joined-dictionary --big"
 train_options self_kd "$@"
 need fairseq-skd
-paths=""
-IFS=: read -r -a names <<< "$RUNS"
-for name in "${names[@]}"; do
-    [ -f "$OUT/$name/done" ] || stop "$OUT/$name is no finished run; train.sh of $RECIPE makes one"
-    checkpoint=$OUT/$name/average.pt
-    [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt
-    paths=${paths:+$paths:}$checkpoint
-done
+[ -z "${WORLD_SIZE:-}" ] && [ "${SLURM_NTASKS:-1}" -eq 1 ] ||
+    stop "several processes would all teach: first  fairseq-skd teach  in one, then  train.sh self_kd" \
+        "--self-kd-candidates stored --self-kd-teacher FILE  in all"
 TEACHER=$OUT/teacher-$(printf '%s' "$RUNS" | tr ':' '+').skd
-say "Teaching: what $RUNS give(s) to every word of the training text"
-run fairseq-skd teach "$DATA" --path "$paths" --output "$TEACHER"
+[ -n "$NAME" ] || RUN=$OUT/taught-seed$SEED
+if [ -f "$RUN/settings" ]; then
+    say "Taught already, from $TEACHER: the student goes on"
+else
+    paths=""
+    IFS=: read -r -a names <<< "$RUNS"
+    for name in "${names[@]}"; do
+        [ -f "$OUT/$name/done" ] || stop "$OUT/$name is no finished run; train.sh of $RECIPE makes one"
+        checkpoint=$OUT/$name/average.pt
+        [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt
+        paths=${paths:+$paths:}$checkpoint
+    done
+    say "Teaching: what $RUNS give(s) to every word of the training text"
+    run fairseq-skd teach "$DATA" --path "$paths" --output "$TEACHER"
+fi
 name=()
 [ -n "$NAME" ] || name=(--name "taught-seed$SEED")
 "$FOLDER/train.sh" self_kd "$@" "${name[@]}" --self-kd-candidates stored --self-kd-teacher "$TEACHER"
