@@ -9,6 +9,7 @@ from benchmarks import report
 from fairseq_skd.criterion import SelfKDCriterionConfig
 from fairseq_skd.options import SelfKDOptions
 from fairseq_skd.soft_targets import SelfTeacher
+from fairseq_skd.version import __version__
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,3 +87,11 @@ def test_every_link_leads_to_something():
                 heads = re.findall(r"^#+ (.*)$", to.read_text("utf-8"), re.MULTILINE)
                 slugs = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
                 assert anchor in slugs, f"{page.name}: {link}#{anchor}"
+
+
+def test_the_newest_version_of_the_changelog_is_this_one():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert changes.startswith("# Changelog\n\n## Unreleased\n")
+    versions = re.findall(r"^## (\d\S+) \(\d{4}-\d{2}-\d{2}", changes, re.MULTILINE)
+    assert versions[0] == __version__
+    assert f"version:{__version__}" in README
