@@ -434,7 +434,7 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
     def _derive(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
         """Return start and ramp, those that were given and derived ones, and log them."""
         options = self.options
-        start, ramp = self.source.schedule(length)
+        start, ramp = self.source.schedule(length, options.start_update)
         start = start if options.start_update is None else options.start_update
         ramp = ramp if options.ramp_updates is None else options.ramp_updates
         source = "no length of the training" if length is None else length.source

@@ -139,8 +139,12 @@ class Source:
         self.options = options
         self.host = host
 
-    def schedule(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
+    def schedule(
+        self, length: Optional[TrainingLength], start: Optional[int] = None
+    ) -> Tuple[int, int]:
         """Return start and ramp, in updates, that are `auto` in a training of that length.
+
+        With a ``start`` that somebody chose a ramp to the end of the training fits that one.
 
         They are what they were when they were measured (docs/results.md); of a training whose
         length nobody knows 1,000 updates each.
@@ -193,7 +197,9 @@ class NeighborsSource(Source):
         super().__init__(options, host)
         self.taught: Dict[int, _Taught] = {}
 
-    def schedule(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
+    def schedule(
+        self, length: Optional[TrainingLength], start: Optional[int] = None
+    ) -> Tuple[int, int]:
         """Begin after the warm-up and a quarter of the training, in translation after half of it.
 
         Neighbours mean nothing until the words have found their places. A language model then
@@ -206,7 +212,7 @@ class NeighborsSource(Source):
         updates, warmup = length.updates, length.warmup_updates
         if length.language_model:
             return max(warmup, updates // 4), updates // 12
-        start = max(warmup, updates // 2)
+        start = max(warmup, updates // 2) if start is None else start
         return start, max(updates - start, 0)
 
     def check_words(self, count: int) -> None:
@@ -326,11 +332,14 @@ class PastSource(_FileSource):
         assert self._past is not None
         return self._past
 
-    def schedule(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
+    def schedule(
+        self, length: Optional[TrainingLength], start: Optional[int] = None
+    ) -> Tuple[int, int]:
         """Grow through all of the training; before a sentence was seen nothing is learnt of it."""
         if length is None or length.updates is None:
             return UNKNOWN
-        return 0, length.updates
+        start = start or 0
+        return start, max(length.updates - start, 0)
 
     def open(self, num_updates: int) -> None:
         """Open the file at the first batch: only then all processes are there, and the text."""
@@ -404,7 +413,9 @@ class StoredSource(_FileSource):
     def check_words(self, count: int) -> None:
         """Whatever the file holds is right."""
 
-    def schedule(self, length: Optional[TrainingLength]) -> Tuple[int, int]:
+    def schedule(
+        self, length: Optional[TrainingLength], start: Optional[int] = None
+    ) -> Tuple[int, int]:
         """Learn from the first update on: the teacher is finished."""
         return 0, 0
 
