@@ -35,8 +35,8 @@ setup(
         f"numpy<2; {OLD}",
         "numpy",
         # What the tests have been run with: README.md, "Install".
-        'torch>=2.4,<2.16; python_version >= "3.11"',
-        'torch>=2.4,<2.14; python_version == "3.10"',
+        'torch>=2.4,<2.16; python_version == "3.11"',
+        'torch>=2.4,<2.14; python_version == "3.10" or python_version == "3.12"',
         'torch>=2.4,<2.9; python_version < "3.10"',
         "sacrebleu>=2.3",
         "sentencepiece",

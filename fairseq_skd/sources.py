@@ -144,10 +144,9 @@ class Source:
     ) -> Tuple[int, int]:
         """Return start and ramp, in updates, that are `auto` in a training of that length.
 
-        With a ``start`` that somebody chose a ramp to the end of the training fits that one.
-
         They are what they were when they were measured (docs/results.md); of a training whose
-        length nobody knows 1,000 updates each.
+        length nobody knows 1,000 updates each. With a ``start`` that somebody chose, a ramp to the
+        end of the training begins there.
         """
         raise NotImplementedError
 
@@ -204,8 +203,8 @@ class NeighborsSource(Source):
 
         Neighbours mean nothing until the words have found their places. A language model then
         learns from them with a ramp of a twelfth; a translation, whose source says more than they
-        do, with alpha growing to the last update: begun earlier they cost short trainings 2 % of
-        perplexity and a point of BLEU.
+        do, with alpha growing to the last update: begun earlier they cost short trainings
+        perplexity (docs/results/translation.md).
         """
         if length is None or length.updates is None:
             return UNKNOWN
