@@ -36,7 +36,7 @@ def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str
     what the one before it did.
     """
     seconds: Dict[str, List[float]] = {name: [] for name in functions}
-    clock = _cuda_seconds if torch.cuda.is_available() else _seconds
+    clock = _cuda_seconds if torch.cuda.is_available() else seconds_of
     for _ in range(rounds):
         for name, function in functions.items():
             function()
@@ -44,7 +44,8 @@ def in_turn(functions: Dict[str, Callable[[], object]], rounds: int) -> Dict[str
     return seconds
 
 
-def _seconds(function: Callable[[], object]) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began

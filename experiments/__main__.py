@@ -87,8 +87,10 @@ class Runner:
 
     def run(self) -> str:
         """Run all, and return what went wrong; the first failure and Ctrl-C stop all."""
+        # Teachers first: two runs with the same ones would wait for each other.
+        runs = sorted(self.runs, key=lambda run: run.generation)
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self._complete, run) for run in self.runs]
+            futures = [pool.submit(self._complete, run) for run in runs]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
@@ -101,10 +103,6 @@ class Runner:
         return ""
 
     def _complete(self, run: Run) -> None:
-        if run.teachers is not None:
-            for teacher in run.teachers.runs:
-                self._train(teacher)
-            self._teach(run.teachers)
         self._train(run)
         with self._alone(run.evaluation):
             if not run.evaluation.exists():
@@ -114,6 +112,10 @@ class Runner:
         print(f"complete: {run.experiment}, {run.arm}, seed {run.seed}", flush=True)
 
     def _train(self, run: Run) -> None:
+        if run.teachers is not None:
+            for teacher in run.teachers.runs:
+                self._train(teacher)
+            self._teach(run.teachers)
         with self._alone(run.folder):  # train.sh itself knows whether there is anything to do
             run.folder.mkdir(parents=True, exist_ok=True)
             if not run.machine.exists():

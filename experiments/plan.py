@@ -60,6 +60,13 @@ class Run:
     teachers: Optional[Teachers] = None
 
     @property
+    def generation(self) -> int:
+        """How many trainings have to come before, one after the other."""
+        if self.teachers is None:
+            return 0
+        return 1 + max(run.generation for run in self.teachers.runs)
+
+    @property
     def folder(self) -> Path:
         """Where the recipe keeps what it trains; experiments share it."""
         return self.out / f"{self.task}-{self.arm}-seed{self.seed}"

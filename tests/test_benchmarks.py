@@ -1,5 +1,6 @@
 """The benchmarks run, on a tiny shape; no time is asserted."""
 
+import json
 import logging
 import re
 import subprocess
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import report
+from benchmarks import report, stored
 from benchmarks.measure import added_memory, percentiles
 from benchmarks.workloads import CRITERIA, Shape
+from fairseq_skd.word_file import WordFile
 from tests.conftest import ROOT
 
 
@@ -45,6 +47,41 @@ def test_a_part_does_not_replace_the_whole(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmarks.main()
     assert "--out FILE.csv must say where to write it" in capsys.readouterr().err
+
+
+def test_reading_a_teachers_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(stored, "SHAPE", Shape(1_200, 50, 16, 16, 1))
+    arguments = ["stored", "--rounds", "2", "reading", str(tmp_path), "--gigabytes", "0.002"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    stored.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"small file +│ +\d\.\d+ │ +\d\.\d+ to \d\.\d+ │ +1\.00", printed)
+    assert re.search(r"0\.002 GB, cold +│ +\d\.\d+ │", printed)
+    assert not list(tmp_path.iterdir())
+    file = stored.made_up(tmp_path / "teacher.skd", 30_000)  # more than are drawn
+    assert not WordFile(file).damaged()
+
+
+def test_writing_a_teachers_file(monkeypatch, tmp_path, capsys):
+    """Words a second are those of the training text without what the validation text takes too."""
+
+    def run(*command):
+        text = "train" if "train" in command else "valid"
+        clock[0] += 3 + (20 if text == "train" else 0) * (2 if command[0] == "fairseq-skd" else 1)
+        words = {"train": 2100, "valid": 100}[text]
+        return "read\n" + json.dumps({"teacher": [{"words": words}]})
+
+    clock = [0.0]
+    monkeypatch.setattr(stored, "_run", run)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sys, "argv", ["stored", "--rounds", "2", "writing", "data", "model.pt"])
+    stored.main()
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells == [
+        ["fairseq-validate", "23.0", "3.0", "100", "1.00"],
+        ["fairseq-skd teach", "43.0", "3.0", "50", "0.50"],
+    ]
 
 
 def test_percentiles_and_memory():

@@ -521,16 +521,23 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     arguments = ["--pairs", pairs, "--langs", "xx-yy", "--out", tmp_path / "out"]
     arguments += ["--updates", 50, "--max-tokens", 200]
     output = quickstart(*arguments)
-    # Of the language model and of the translation.
-    assert output.count("label smoothing update    50 of 50") == 2
-    assert output.count("self-KD         update    50 of 50") == 2
+    translations = "small", "small, taught", "large"
+    for name in ("label smoothing", "self-KD", *translations):
+        assert len(re.findall(rf"^  {name} +update    50 of 50", output, re.MULTILINE)) == 1
     assert re.search(r"label smoothing +│ +\d+\.\d\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
-    assert re.search(r"label smoothing +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d", output)
+    figures = r" +│ +\d+\.\d │ +\d+\.\d │ +\d+\.\d\d │ +\d+\.\d\d"
+    sizes = [re.search(rf"{name} +│ +([\d,]+){figures}", output)[1] for name in translations]
+    small, taught, large = (int(size.replace(",", "")) for size in sizes)
+    assert small == taught < large / 2
     assert "nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:13a|smooth:exp|version:" in output
-    assert len(re.findall(r"^self-KD: ", output, re.MULTILINE)) == 3
+    assert len(re.findall(r"^small, taught: ", output, re.MULTILINE)) == 3
     assert (tmp_path / "out" / "quickstart.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results["translation"]) == {"label smoothing", "self-KD", "signature", "p_value"}
+    assert set(results["translation"]) == {*translations, "signature", "p_value"}
+    # What the student learns from is what the large one gives to the text that both have seen.
+    (teacher,) = (tmp_path / "out").glob("large-*/teacher.skd")
+    assert f"--self-kd-teacher {teacher}" in results["translation"]["small, taught"]["command"]
+    assert "the mean of 1 model(s)" in " ".join((teacher.parent / "teach.log").read_text().split())
     baseline, ours = (results["language model"][arm] for arm in ("label smoothing", "self-KD"))
     # What is tested is what has the perplexity that is shown.
     (best,) = (tmp_path / "out" / "language-model").glob("label-smoothing-*/checkpoint_best.pt")
@@ -538,7 +545,7 @@ def test_quickstart_with_an_own_corpus_then_again(corpus, tmp_path):
     change = 100 * (ours["test_ppl"] / baseline["test_ppl"] - 1)
     assert f"self-KD: {change:+.1f} % against label smoothing. One seed." in output
     again = quickstart(*arguments)
-    for title in ("Corpus:", "Vocabulary:", "Language model with", "Translation with"):
+    for title in ("Corpus:", "Vocabulary:", "Language model,", "Translation,", "What large gives"):
         assert title in output
         assert title not in again
     assert "$ fairseq" not in again

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -137,9 +138,14 @@ PLAN = {
             "options": ["--seed-is", "{seed}", "--self-kd-candidates", "stored"],
             "teachers": {"task": "toy", "arm": "label_smoothing", "seeds": [1, 2]},
         },
+        "third": {
+            "criterion": "self_kd",
+            "teachers": {"task": "toy", "arm": "taught", "seeds": [1]},
+        },
     },
     "experiments": [
-        {"name": "first", "task": "toy", "seeds": [1, 2], "arms": ["label_smoothing", "taught"]}
+        {"name": "first", "task": "toy", "seeds": [1, 2], "arms": ["label_smoothing", "taught"]},
+        {"name": "last", "task": "toy", "seeds": [2], "arms": ["third"]},
     ],
 }
 SCRIPT = """#!/bin/bash
@@ -180,7 +186,7 @@ def toy(tmp_path, monkeypatch):
         f"read, recipe = plan.read, Path({str(recipe)!r})\n"
         "def stand_in(run):\n"
         "    teachers = run.teachers\n"
-        "    if teachers: teachers = replace(teachers, runs=[stand_in(x) for x in teachers.runs])\n"
+        "    if teachers: teachers = replace(teachers, runs=list(map(stand_in, teachers.runs)))\n"
         "    return replace(run, recipe=recipe, teachers=teachers)\n"
         "from dataclasses import replace\n"
         "program.read = lambda *a: [stand_in(run) for run in read(*a)]\n"
@@ -207,12 +213,21 @@ def toy(tmp_path, monkeypatch):
 
 def test_a_plan_is_run_teachers_first_and_its_figures_are_collected(toy, tmp_path):
     printed, calls = toy("--jobs", "2")
-    assert "4 of 4 runs are complete" in printed
-    teach = next(i for i, call in enumerate(calls) if call.startswith("teach"))
-    trained = [i for i, call in enumerate(calls) if "train.sh self_kd" in call]
-    assert teach < min(trained)
-    assert "toy-label_smoothing-seeds1+2.skd" in calls[teach]
-    assert sum("evaluate.sh" in call for call in calls) == 4
+    assert "5 of 5 runs are complete" in printed
+    first, last = (
+        next(i for i, call in enumerate(calls) if call == f"teach {file}")
+        for file in ("toy-label_smoothing-seeds1+2.skd", "toy-taught-seeds1.skd")
+    )
+    arms = "label_smoothing", "taught", "third"
+    trained = {
+        arm: [
+            i for i, call in enumerate(calls) if "train.sh" in call and f"--name toy-{arm}-" in call
+        ]
+        for arm in arms
+    }
+    assert max(trained["label_smoothing"][:2]) < first < min(trained["taught"])
+    assert trained["taught"][0] < last < trained["third"][0]
+    assert sum("evaluate.sh" in call for call in calls) == 5
     assert "--x 1 --y --seed-is 2 --self-kd-candidates stored --self-kd-teacher" in "".join(calls)
     found = figures.read(tmp_path / "out.csv")
     assert [(row["measure"], row["value"]) for row in found[:4]] == [
@@ -223,8 +238,23 @@ def test_a_plan_is_run_teachers_first_and_its_figures_are_collected(toy, tmp_pat
     ]
     before = (tmp_path / "out.csv").read_text()
     _, again = toy()  # train.sh and teach know that there is nothing to do
-    assert sum("evaluate.sh" in call for call in again) == 4
+    assert sum("evaluate.sh" in call for call in again) == 5
     assert (tmp_path / "out.csv").read_text() == before
+
+
+def test_teachers_of_teachers_come_first(toy):
+    printed, calls = toy("--only", "last")
+    assert "1 of 1 runs are complete" in printed
+    names = [re.sub(r".*--name (\S+) .*", r"\1", call) for call in calls]
+    assert names == [
+        "toy-label_smoothing-seed1",
+        "toy-label_smoothing-seed2",
+        "teach toy-label_smoothing-seeds1+2.skd",
+        "toy-taught-seed1",
+        "teach toy-taught-seeds1.skd",
+        "toy-third-seed2",  # trained, then scored
+        "toy-third-seed2",
+    ]
 
 
 def test_a_failure_is_shown_and_ends_all(toy):

@@ -1,4 +1,4 @@
-"""One training of the quick start: a task (language model or translation) with one criterion."""
+"""One training of the quick start: a language model or a translation."""
 
 import concurrent.futures
 import hashlib
@@ -17,10 +17,8 @@ from fairseq_skd.commands.logs import parse_line, read_log
 from fairseq_skd.options import SelfKDOptions
 
 LOG_INTERVAL = 50
-CRITERIA = {
-    "label smoothing": ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
-    "self-KD": ["--criterion", "self_kd", "--label-smoothing", "0.1"],
-}
+LABEL_SMOOTHING = ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"]
+SELF_KD = ["--criterion", "self_kd", "--label-smoothing", "0.1"]
 # ve-fairseq 0.12.3 drops the sentences that are left over when it fills batches up to a multiple
 # of 8, its default, in validation and test too. A multiple of 1 leaves none over.
 BATCHES = ["--required-batch-size-multiple", "1"]
@@ -43,35 +41,51 @@ class Arm:
     Parameters
     ----------
     name : str
-        One of `CRITERIA`.
+        Shown, and a part of its folder's name.
+    options : sequence of str
+        Of fairseq-train: the criterion, and the size where it is not the task's.
     folder : Path
         With ``data``; the training gets a folder of its own in it.
     updates, max_tokens, seed : int
         Options of fairseq-train.
+    teacher : Path, optional
+        What the training learns from, in ``folder``.
     """
 
     task: ClassVar[str]
     model: ClassVar[List[str]]
     output: ClassVar[str]
 
-    def __init__(self, name: str, folder: Path, updates: int, max_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: Sequence[str],
+        folder: Path,
+        updates: int,
+        max_tokens: int,
+        seed: int,
+        teacher: Optional[Path] = None,
+    ) -> None:
         self.name = name
         self.seed = seed
         self.data = folder / "data"
         self.updates = updates
-        options = [CRITERIA[name], self.model, OPTIMISATION, updates, max_tokens, seed]
+        given = [*self.model, *options, *OPTIMISATION]
+        source = None if teacher is None else str(teacher.relative_to(folder))
         # What is not given has its default, which another version may have changed.
-        settings = json.dumps([*options, SelfKDOptions().signature()])
+        defaults = SelfKDOptions().signature()
+        settings = json.dumps([given, updates, max_tokens, seed, source, defaults])
         key = hashlib.sha256(settings.encode()).hexdigest()[:8]
         # Other settings are another run: they must not go on from this one's checkpoint.
-        self.folder = folder / f"{name.replace(' ', '-')}-{key}"
+        self.folder = folder / f"{name.replace(',', '').replace(' ', '-')}-{key}"
         self.checkpoint = self.folder / "checkpoint_best.pt"
         self.train_log = self.folder / "train.log"
         self.process: Optional[subprocess.Popen[str]] = None
         self.ended = False
         self.command = [
             *("fairseq-train", self.data, "--user-dir", ROOT / "fairseq_skd"),
-            *(CRITERIA[name] + self.model + OPTIMISATION + BATCHES),
+            *(given + BATCHES),
+            *([] if teacher is None else ["--self-kd-teacher", teacher]),
             *("--max-tokens", max_tokens, "--max-update", updates, "--seed", seed),
             *("--save-dir", self.folder, "--save-interval-updates", 100),
             *("--keep-interval-updates", 1, "--validate-interval-updates", 250),
@@ -166,17 +180,24 @@ class LanguageModel(Arm):
         return float(found[1])
 
 
+def _size(layers: int, width: int) -> List[str]:
+    return [
+        *("--encoder-layers", str(layers), "--decoder-layers", str(layers)),
+        *("--encoder-embed-dim", str(width), "--decoder-embed-dim", str(width)),
+        *("--encoder-ffn-embed-dim", str(2 * width), "--decoder-ffn-embed-dim", str(2 * width)),
+    ]
+
+
 class Translation(Arm):
     """A Transformer that translates."""
 
     task = "translation"
     model: ClassVar[List[str]] = [
         *("--arch", "transformer", "--share-all-embeddings"),
-        *("--encoder-layers", "2", "--decoder-layers", "2"),
-        *("--encoder-embed-dim", "128", "--decoder-embed-dim", "128"),
-        *("--encoder-ffn-embed-dim", "256", "--decoder-ffn-embed-dim", "256"),
         *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--dropout", "0.1"),
     ]
+    full_size: ClassVar[List[str]] = _size(2, 128)
+    small_size: ClassVar[List[str]] = _size(1, 64)  # about a quarter of the parameters
     output = "test.out"
 
     def test(self) -> List[Any]:
@@ -188,6 +209,23 @@ class Translation(Arm):
             *("--remove-bpe", "sentencepiece"),
             *BATCHES,
         ]
+
+    def teach(self) -> Path:
+        """Write what the trained model gives to every word of the training text, unless done."""
+        file, done = self.folder / "teacher.skd", self.folder / "taught"
+        if not done.exists():
+            step(f"What {self.name} gives to every word of the training text: ten words each")
+            command = ["fairseq-skd", "teach", self.data, "--path", self.checkpoint]
+            run([*command, "--output", file], self.folder / "teach.log")
+            done.touch()
+        return file
+
+    def parameters(self) -> int:
+        """Return the size of the model."""
+        found = re.search(r"model params: ([\d,]+)", self.train_log.read_text(encoding="utf-8"))
+        if found is None:
+            stop(f"{short(self.train_log)} does not say how large the model is")
+        return int(found[1].replace(",", ""))
 
     def hypotheses(self) -> List[str]:
         """Return the translations in the order of the test set."""
@@ -206,7 +244,7 @@ def run_all(arms: Sequence[Arm]) -> None:
         return
     names = " and ".join(arm.name for arm in missing)
     step(
-        f"{missing[0].task.capitalize()} with {names}: {missing[0].updates} updates and the test, "
+        f"{missing[0].task.capitalize()}, {names}: {missing[0].updates} updates and the test, "
         f"on {_device()}"
     )
     threads = max(1, (os.cpu_count() or 1) // len(missing))

@@ -1,6 +1,7 @@
-"""The quick start: label smoothing and self-KD, trained alike on real text and compared.
+"""The quick start: what self-KD gives to models that are trained in minutes, on real text.
 
-First a language model of the source side, then a translation.
+First a language model of the source side, with label smoothing and with self-KD. Then translations:
+a large model, and a small one, alone and taught by the large one.
 
 Run it with ``make quickstart``. Every step writes below one folder and is not repeated once it is
 done; a training that was interrupted goes on from its last checkpoint.
@@ -19,7 +20,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import sacrebleu
 import sentencepiece
-from arms import CRITERIA, Arm, LanguageModel, Translation, run_all
+from arms import LABEL_SMOOTHING, SELF_KD, Arm, LanguageModel, Translation, run_all
 from corpus import (
     LONGEST,
     CorpusError,
@@ -87,20 +88,16 @@ def main() -> None:
     # Words that are seen once are unknown.
     words = ["--only-source", "--thresholdsrc", "2"]
     binarise(folder / "words", f".{source}", words, model_folder / "data")
+    length = args.updates, min(args.max_tokens, LANGUAGE_MODEL_TOKENS), args.seed
     models = [
-        LanguageModel(
-            name, model_folder, args.updates, min(args.max_tokens, LANGUAGE_MODEL_TOKENS), args.seed
-        )
-        for name in CRITERIA
+        LanguageModel("label smoothing", LABEL_SMOOTHING, model_folder, *length),
+        LanguageModel("self-KD", SELF_KD, model_folder, *length),
     ]
     run_all(models)
     results[LanguageModel.task] = report_language_model(models, source)
     pair = ["--source-lang", source, "--target-lang", target, "--joined-dictionary"]
     binarise(folder / "pieces", "", pair, folder / "data")
-    translations = [
-        Translation(name, folder, args.updates, args.max_tokens, args.seed) for name in CRITERIA
-    ]
-    run_all(translations)
+    translations = translate(folder, args.updates, args.max_tokens, args.seed)
     results[Translation.task] = report_translation(translations, folder, (source, target))
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     draw(models, translations, folder)
@@ -185,6 +182,21 @@ def binarise(text: Path, suffix: str, options: List[str], data: Path) -> None:
     (data / "done").touch()
 
 
+def translate(folder: Path, updates: int, max_tokens: int, seed: int) -> List[Translation]:
+    """Train a large model, then a small one alone and one that the large one has taught."""
+    length = updates, max_tokens, seed
+    large = Translation("large", [*LABEL_SMOOTHING, *Translation.full_size], folder, *length)
+    run_all([large])
+    teacher = large.teach()
+    stored = [*SELF_KD, "--self-kd-candidates", "stored"]
+    small = [
+        Translation("small", [*LABEL_SMOOTHING, *Translation.small_size], folder, *length),
+        Translation("small, taught", [*stored, *Translation.small_size], folder, *length, teacher),
+    ]
+    run_all(small)
+    return [*small, large]
+
+
 def report_language_model(arms: Sequence[LanguageModel], language: str) -> Dict[str, Any]:
     """Print perplexities; return them."""
     perplexities = [arm.perplexity() for arm in arms]
@@ -194,6 +206,7 @@ def report_language_model(arms: Sequence[LanguageModel], language: str) -> Dict[
     }
     console = show(
         f"{language}, language model, seed {arms[0].seed}",
+        results,
         {
             "test perplexity": [f"{perplexity:.2f}" for perplexity in perplexities],
             **columns(results),
@@ -208,7 +221,10 @@ def report_language_model(arms: Sequence[LanguageModel], language: str) -> Dict[
 def report_translation(
     arms: Sequence[Translation], folder: Path, languages: Tuple[str, str]
 ) -> Dict[str, Any]:
-    """Print scores with their signatures and some translations; return the scores."""
+    """Print scores with their signatures and some translations; return the scores.
+
+    The first model is that to which the others are compared.
+    """
     source, reference = (read_lines(folder / "text" / f"test.{language}") for language in languages)
     systems = [(arm.name, arm.hypotheses()) for arm in arms]
     for name, hypotheses in systems:
@@ -217,21 +233,33 @@ def report_translation(
     metrics = {"BLEU": sacrebleu.BLEU(), "chrF2": sacrebleu.CHRF()}
     signatures, scores = paired(systems, metrics, reference)
     results: Dict[str, Any] = {
-        arm.name: {**{metric: scores[metric][i][0] for metric in metrics}, **described(arm)}
+        arm.name: {
+            "parameters": arm.parameters(),
+            **{metric: scores[metric][i][0] for metric in metrics},
+            **described(arm),
+        }
         for i, arm in enumerate(arms)
     }
     console = show(
         f"{'-'.join(languages)}, translation, {len(reference)} test sentences, seed {arms[0].seed}",
+        results,
         {
+            "parameters": [f"{row['parameters']:,}" for row in results.values()],
             **{metric: [f"{row[metric]:.1f}" for row in results.values()] for metric in metrics},
             **columns(results),
         },
     )
+    console.print(
+        "large and small: with label smoothing. small, taught: with self-KD, by the large one. "
+        "The large one trained on all cores, the small ones side by side.",
+        soft_wrap=True,
+    )
+    one, other = arms[0].name, arms[1].name
     for metric, signature in signatures.items():
         _, bootstrap, randomisation = scores[metric][1]
         console.print(
-            f"{metric}: p for no difference is {bootstrap:.3f} by the paired bootstrap, "
-            f"{randomisation:.3f} by randomisation. {signature}",
+            f"{metric}: p for no difference between '{one}' and '{other}' is {bootstrap:.3f} by "
+            f"the paired bootstrap, {randomisation:.3f} by randomisation. {signature}",
             soft_wrap=True,
         )
         results.setdefault("signature", {})[metric] = signature
@@ -262,12 +290,13 @@ def columns(results: Dict[str, Any]) -> Dict[str, List[str]]:
     }
 
 
-def show(title: str, figures: Dict[str, List[str]]) -> Console:
-    """Print a table with a line for each criterion."""
+def show(title: str, names: Iterable[str], figures: Dict[str, List[str]]) -> Console:
+    """Print a table with a line for each model."""
     table = Table(title=title)
-    for heading in ("criterion", *figures):
-        table.add_column(heading, justify="left" if heading == "criterion" else "right")
-    for row in zip(CRITERIA, *figures.values()):
+    table.add_column("model")
+    for heading in figures:
+        table.add_column(heading, justify="right")
+    for row in zip(names, *figures.values()):
         table.add_row(*row)
     console = Console(width=100, highlight=False)
     console.print()
@@ -278,13 +307,13 @@ def show(title: str, figures: Dict[str, List[str]]) -> Console:
 def draw(
     models: Sequence[LanguageModel], translations: Sequence[Translation], folder: Path
 ) -> None:
-    """Draw validation curves, and what the second translation taught itself at five words."""
+    """Draw validation curves, and what the large translation taught at five words."""
     pyplot = pictures.pyplot()
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 3.6), width_ratios=[1, 1, 2])
     arms: Sequence[Arm]
     for axis, arms in zip(axes, (models, translations)):
         shown: List[float] = []
-        for arm, style in zip(arms, ("--", "-")):
+        for arm, style in zip(arms, ("--", "-", ":")):
             log = read_log(arm.train_log)
             points = [(fields["num_updates"], fields["ppl"]) for fields in log.valid]
             axis.plot(*zip(*points), style, color="black", label=arm.name)
@@ -293,17 +322,18 @@ def draw(
         axis.set_xlabel("updates")
         axis.set_title(f"{arms[0].task}: validation perplexity", fontsize=9)
         axis.legend(fontsize=8)
-    trained = load(translations[-1].checkpoint, translations[-1].data)
+    taught = translations[1]
+    trained = load(taught.checkpoint, taught.data)
     settings = settings_of(trained)
     rows: List[Dict[str, Any]] = []
-    for sentence in range(min(30, len(trained.dataset("valid")))):
-        rows += explain.positions(trained, settings, "valid", sentence)[0]
+    for sentence in range(min(30, len(trained.dataset("train")))):
+        rows += explain.positions(trained, settings, "train", sentence)[0]
     # Words that a person can read: no pieces of words, no signs. Those that give away most.
     whole = [row for row in rows if all(word.isalpha() for word, _ in row["mixed"][:3])]
     chosen = sorted(whole or rows, key=lambda row: row["trained_on"])[:5]
     explain.heat_map(axes[-1], chosen, min(6, max(len(row["mixed"]) for row in chosen)))
     axes[-1].set_yticks([])
-    axes[-1].set_title("what translation taught itself at five words", fontsize=9)
+    axes[-1].set_title("what the large translation taught the small one at five words", fontsize=9)
     pictures.save_plot(figure, folder / "quickstart.png")
 
 
