@@ -2,9 +2,11 @@
 
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 
@@ -90,3 +92,17 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1])
     raise KeyError(field)
+
+
+def run(*command: Any) -> str:
+    """Run a command of this environment, and return what it prints; stop if it fails."""
+    program = Path(sys.executable).parent / command[0]
+    done = subprocess.run(
+        [str(part) for part in (program, *command[1:])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}")
+    return done.stdout

@@ -9,18 +9,16 @@ nothing is in memory, and with a small one.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Callable, Dict
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_turn, percentiles, seconds_of
+from benchmarks.measure import in_turn, percentiles, run, seconds_of
 from benchmarks.report import ROOT
 from benchmarks.workloads import STORED, Shape, Training
 from fairseq_skd import StoredTargets
@@ -67,12 +65,12 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
             file = Path(folder, "teacher.skd")
             file.unlink(missing_ok=True)
             made = ("--output", file, "--subset", text, "--json")
-            printed = _run("fairseq-skd", "teach", data, "--path", checkpoint, *made)
+            printed = run("fairseq-skd", "teach", data, "--path", checkpoint, *made)
             line = next(line for line in printed.splitlines() if line.startswith('{"teacher"'))
             words[text] = json.loads(line)["teacher"][0]["words"]
 
         def validate(text: str) -> None:
-            _run("fairseq-validate", data, "--user-dir", ROOT / "fairseq_skd", "--path", checkpoint,
+            run("fairseq-validate", data, "--user-dir", ROOT / "fairseq_skd", "--path", checkpoint,
                  "--valid-subset", text, "--max-tokens", 4096)  # fmt: skip
 
         calls: Dict[str, Callable[[], object]] = {}
@@ -91,19 +89,6 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
         base = base or speed
         table.add_row(name, f"{train:.1f}", f"{valid:.1f}", f"{speed:,.0f}", f"{speed / base:.2f}")
     Console(width=100).print(table)
-
-
-def _run(*command: Any) -> str:
-    program = Path(sys.executable).parent / command[0]
-    done = subprocess.run(
-        [str(part) for part in (program, *command[1:])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}")
-    return done.stdout
 
 
 def reading(folder: Path, gigabytes: float, rounds: int) -> None:

@@ -5,6 +5,8 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,16 +74,48 @@ def test_writing_a_teachers_file(monkeypatch, tmp_path, capsys):
         return "read\n" + json.dumps({"teacher": [{"words": words}]})
 
     clock = [0.0]
-    monkeypatch.setattr(stored, "_run", run)
+    monkeypatch.setattr(stored, "run", run)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(sys, "argv", ["stored", "--rounds", "2", "writing", "data", "model.pt"])
     stored.main()
-    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    assert cells == [
+    assert cells(capsys.readouterr().out) == [
         ["fairseq-validate", "23.0", "3.0", "100", "1.00"],
         ["fairseq-skd teach", "43.0", "3.0", "50", "0.50"],
     ]
+
+
+def test_speed_of_decoding(monkeypatch, capsys):
+    pytest.importorskip("ctranslate2")
+    from benchmarks import decoding
+
+    def run(*command):
+        if command[0] != "fairseq-generate":
+            return ""
+        speed = 20 if Path("large.pt") in command else 50
+        said = f"Translated 2 sentences (6 tokens) in 1.0s ({speed} sentences/s, 6 tokens/s)"
+        return f"S-1\ta b\nS-0\tc\nx | {said}"
+
+    def translate(sentences, **options):
+        assert sentences == [["a", "b"], ["c"]]
+        clock[0] += 0.5
+
+    clock = [0.0]
+    translator = SimpleNamespace(translate_batch=translate)
+    monkeypatch.setattr(decoding, "run", run)
+    monkeypatch.setattr(decoding.ctranslate2, "Translator", lambda *_, **options: translator)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sys, "argv", ["decoding", "--rounds", "2", "data", "large.pt", "small.pt"])
+    decoding.main()
+    assert cells(capsys.readouterr().out) == [
+        ["large.pt", "20", "1.00", "4", "1.00"],
+        ["small.pt", "50", "2.50", "4", "1.00"],
+    ]
+
+
+def cells(printed):
+    """Return the body of a table that was printed."""
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
+    return [[cell.strip() for cell in row] for row in rows]
 
 
 def test_percentiles_and_memory():
