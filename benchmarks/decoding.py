@@ -39,7 +39,9 @@ def main() -> None:
             run("ct2-fairseq-converter", "--model_path", checkpoint, "--data_dir", args.data,
                 "--user_dir", ROOT / "fairseq_skd", "--output_dir", place)  # fmt: skip
         threads = torch.get_num_threads()
-        translators = [ctranslate2.Translator(str(p), intra_threads=threads) for p in served]
+        translators = [
+            ctranslate2.Translator(str(p), device="auto", intra_threads=threads) for p in served
+        ]
         # Of each model and round: sentences a second of fairseq-generate and of CTranslate2.
         found: List[List[Tuple[float, float]]] = [[] for _ in names]
         for _ in range(args.rounds):

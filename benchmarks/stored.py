@@ -9,6 +9,7 @@ nothing is in memory, and with a small one.
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Callable, Dict
@@ -70,8 +71,9 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
             words[text] = json.loads(line)["teacher"][0]["words"]
 
         def validate(text: str) -> None:
-            run("fairseq-validate", data, "--user-dir", ROOT / "fairseq_skd", "--path", checkpoint,
-                 "--valid-subset", text, "--max-tokens", 4096)  # fmt: skip
+            like = ("--required-batch-size-multiple", 1, "--max-tokens", 4096)
+            given = ("--path", checkpoint, "--user-dir", ROOT / "fairseq_skd")
+            run("fairseq-validate", data, "--valid-subset", text, *given, *like)
 
         calls: Dict[str, Callable[[], object]] = {}
         for name, command in (("fairseq-validate", validate), ("fairseq-skd teach", teach)):
@@ -85,6 +87,8 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
     base, more = 0.0, words["train"] - words["valid"]
     for name in ("fairseq-validate", "fairseq-skd teach"):
         train, valid = (seconds[f"{name}, {text}"] for text in texts)
+        if train <= valid:
+            sys.exit(f"{name} takes no longer for the training text; it has to be a larger one")
         speed = more / (train - valid)
         base = base or speed
         table.add_row(name, f"{train:.1f}", f"{valid:.1f}", f"{speed:,.0f}", f"{speed / base:.2f}")

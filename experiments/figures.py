@@ -39,8 +39,9 @@ class Line(NamedTuple):
 QUICK = "quickstart_translation"
 LINES = [
     Line("Multi30k, 10,000 pairs, a quarter of the parameters", "translation#taught",
-         "taught by two full-size models", "small", "taught_by_two"),
-    Line("quick start, a quarter of the parameters, 11 passes", "translation#taught",
+         "taught by four full-size models", "small", "taught_by_four"),
+    Line("the same", "translation#taught", "taught by two", "small", "taught_by_two"),
+    Line("quick start, 29 % of the parameters, 11 passes", "translation#taught",
          "taught by one full-size model", "quickstart_taught", "taught_by_one"),
     Line("Multi30k, 10,000 pairs", "translation#the-default", "`neighbors`, the default",
          "default", "self_kd"),

@@ -68,6 +68,7 @@ class Arm:
     ) -> None:
         self.name = name
         self.seed = seed
+        self.teacher = teacher
         self.data = folder / "data"
         self.updates = updates
         given = [*self.model, *options, *OPTIMISATION]
@@ -197,7 +198,7 @@ class Translation(Arm):
         *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4", "--dropout", "0.1"),
     ]
     full_size: ClassVar[List[str]] = _size(2, 128)
-    small_size: ClassVar[List[str]] = _size(1, 64)  # about a quarter of the parameters
+    small_size: ClassVar[List[str]] = _size(1, 64)  # 0.29 of the parameters
     output = "test.out"
 
     def test(self) -> List[Any]:
@@ -213,7 +214,7 @@ class Translation(Arm):
     def teach(self) -> Path:
         """Write what the trained model gives to every word of the training text, unless done."""
         file, done = self.folder / "teacher.skd", self.folder / "taught"
-        if not done.exists():
+        if not (done.exists() and file.exists()):
             step(f"What {self.name} gives to every word of the training text: ten words each")
             command = ["fairseq-skd", "teach", self.data, "--path", self.checkpoint]
             run([*command, "--output", file], self.folder / "teach.log")

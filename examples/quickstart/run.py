@@ -324,7 +324,7 @@ def draw(
         axis.legend(fontsize=8)
     taught = translations[1]
     trained = load(taught.checkpoint, taught.data)
-    settings = settings_of(trained)
+    settings = settings_of(trained, teacher=str(taught.teacher))  # the folder may have been moved
     rows: List[Dict[str, Any]] = []
     for sentence in range(min(30, len(trained.dataset("train")))):
         rows += explain.positions(trained, settings, "train", sentence)[0]
