@@ -487,7 +487,9 @@ def test_what_was_killed_goes_on(corpus, teachers, taught, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(corpus, teachers, tmp_path):
     slow = (
-        "import time, fairseq_skd.stored as s\n"
+        "import signal, time, fairseq_skd.stored as s\n"
+        # A shell starts what runs in the background with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write = s.TargetsWriter.write\n"
         "def waits(self, *a):\n"
         "    write(self, *a); print('written', flush=True); time.sleep(60)\n"
