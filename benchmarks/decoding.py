@@ -58,7 +58,7 @@ def main() -> None:
         table.add_row(
             name, *(cell for x, base in pairs for cell in (f"{x:.0f}", f"{x / base:.2f}"))
         )
-    Console(width=100).print(table)
+    Console(width=140).print(table)
 
 
 def by_fairseq(data: Path, checkpoint: Path, subset: str) -> Tuple[float, List[List[str]]]:

@@ -28,6 +28,7 @@ from fairseq_skd.word_file import WordFile, checksum, make, pack
 # The low-resource translation of docs/results: an update of a fifth of a second, in which a wait
 # for the disk is seen. Those of `benchmarks.workloads` take ten times as long.
 SHAPE = Shape(words=4_000, positions=1_200, dim=128, ffn=256, layers=3)
+PLUGIN = ROOT / "fairseq_skd"
 LENGTH = 25  # of every made-up sentence, as `Training` makes batches
 TOP_K = 10
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="calls of each (default: 5)")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("writing")
-    one.add_argument("data", type=Path, help="folder made by fairseq-preprocess")
+    one.add_argument("data", type=Path, help="folder made by fairseq-preprocess, of a translation")
     one.add_argument("checkpoint", type=Path)
     other = commands.add_parser("reading")
     other.add_argument("folder", type=Path, help="on the disk that is tried; the file goes again")
@@ -72,7 +73,7 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
 
         def validate(text: str) -> None:
             like = ("--required-batch-size-multiple", 1, "--max-tokens", 4096)
-            given = ("--path", checkpoint, "--user-dir", ROOT / "fairseq_skd")
+            given = ("--task", "translation", "--path", checkpoint, "--user-dir", PLUGIN)
             run("fairseq-validate", data, "--valid-subset", text, *given, *like)
 
         calls: Dict[str, Callable[[], object]] = {}
