@@ -28,7 +28,6 @@ from fairseq_skd.word_file import WordFile, checksum, make, pack
 # The low-resource translation of docs/results: an update of a fifth of a second, in which a wait
 # for the disk is seen. Those of `benchmarks.workloads` take ten times as long.
 SHAPE = Shape(words=4_000, positions=1_200, dim=128, ffn=256, layers=3)
-PLUGIN = ROOT / "fairseq_skd"
 LENGTH = 25  # of every made-up sentence, as `Training` makes batches
 TOP_K = 10
 
@@ -73,8 +72,8 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
 
         def validate(text: str) -> None:
             like = ("--required-batch-size-multiple", 1, "--max-tokens", 4096)
-            given = ("--task", "translation", "--path", checkpoint, "--user-dir", PLUGIN)
-            run("fairseq-validate", data, "--valid-subset", text, *given, *like)
+            given = ("--task", "translation", "--path", checkpoint, "--valid-subset", text)
+            run("fairseq-validate", data, "--user-dir", ROOT / "fairseq_skd", *given, *like)
 
         calls: Dict[str, Callable[[], object]] = {}
         for name, command in (("fairseq-validate", validate), ("fairseq-skd teach", teach)):
