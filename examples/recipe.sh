@@ -494,6 +494,25 @@ train() {
     say "Trained. Next:  $FOLDER/evaluate.sh$(quoted "${OWN[@]}")"
 }
 
+# ---- Distillation --------------------------------------------------------------------------------
+
+recipe_of() {  # NAME: sets RECIPE and FOLDER to those of the translation recipe whose runs teach
+    RECIPE=$1 FOLDER=$(dirname "$FOLDER")/$1
+    [ -f "$FOLDER/train.sh" ] || stop "the recipe is $1; allowed: multi30k, iwslt14_de_en, wmt14_en_de"
+}
+
+checkpoints() {  # RUN[:RUN...]: sets PATHS, for fairseq, to what teaches or translates of these runs
+    local names name checkpoint
+    PATHS=""
+    IFS=: read -r -a names <<< "$1"
+    for name in "${names[@]}"; do
+        [ -f "$OUT/$name/done" ] || stop "$OUT/$name is no finished run; train.sh of $RECIPE makes one"
+        checkpoint=$OUT/$name/average.pt
+        [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt
+        PATHS=${PATHS:+$PATHS:}$checkpoint
+    done
+}
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 # average COUNT [PATTERN]: sets CHECKPOINT to the mean of the last COUNT checkpoints of the run whose

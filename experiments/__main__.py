@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.measure import processor
 from experiments import figures
-from experiments.plan import ROOT, PlanError, Run, Teachers, read
+from experiments.plan import ROOT, PlanError, Run, read
 
 
 def main() -> None:
@@ -51,8 +51,9 @@ def main() -> None:
                 parser.error(f"--only is {name}; allowed: {', '.join(sorted(names))}")
         runs = [run for run in declared if run.experiment in (args.only or names)]
         for run in runs:
-            if not run.data.is_dir():
-                raise PlanError(f"{run.data} is missing; first:  {shlex.join(run.prepare)}")
+            needed = run.prepared
+            if not needed.data.is_dir():
+                raise PlanError(f"{needed.data} is missing; first:  {shlex.join(needed.prepare)}")
         # `kill` must not leave trainings behind.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         failure = Runner(runs, args.jobs).run()
@@ -112,19 +113,17 @@ class Runner:
         print(f"complete: {run.experiment}, {run.arm}, seed {run.seed}", flush=True)
 
     def _train(self, run: Run) -> None:
-        if run.teachers is not None:
-            for teacher in run.teachers.runs:
+        for made in run.made:
+            for teacher in made.runs:
                 self._train(teacher)
-            self._teach(run.teachers)
+            with self._alone(made.path):
+                made.path.parent.mkdir(parents=True, exist_ok=True)
+                self._command(made.command, made.path.with_suffix(".out"), "ab")
         with self._alone(run.folder):  # train.sh itself knows whether there is anything to do
             run.folder.mkdir(parents=True, exist_ok=True)
             if not run.machine.exists():
                 run.machine.write_text(self.machine, encoding="utf-8")
             self._command(run.train, run.folder / "train.out", "ab")
-
-    def _teach(self, teachers: Teachers) -> None:
-        with self._alone(teachers.file):
-            self._command(teachers.command, teachers.file.with_suffix(".out"), "ab")
 
     @contextlib.contextmanager
     def _alone(self, path: Path) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 from omegaconf import OmegaConf
 
@@ -15,18 +15,22 @@ class PlanError(Exception):
 
 
 @dataclass(frozen=True)
-class Teachers:
-    """Runs whose best checkpoints teach, and the file of their words."""
+class Made:
+    """What finished runs have to make before another is trained: a teacher's file, or a text.
+
+    Attributes
+    ----------
+    runs : sequence of Run
+        Whose best checkpoints make it.
+    path : Path
+        What comes of it: the same path is made once.
+    command : list of str
+        Makes it, and does nothing where it is there already.
+    """
 
     runs: Sequence["Run"]
-    file: Path
-
-    @property
-    def command(self) -> List[str]:
-        """Return the command that writes the file."""
-        paths = ":".join(str(run.folder / "checkpoint_best.pt") for run in self.runs)
-        program = [str(Path(sys.executable).parent / "fairseq-skd"), "teach"]
-        return [*program, str(self.runs[0].data), "--path", paths, "--output", str(self.file)]
+    path: Path
+    command: List[str]
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Run:
         Of ``train.sh``.
     options, evaluate_options, prepare_options : sequence of str
         For ``train.sh``, ``evaluate.sh`` and ``prepare.sh``.
-    teachers : Teachers, optional
-        What has to be there before.
+    made : sequence of Made
+        What has to be there before, in this order.
     """
 
     experiment: str
@@ -57,14 +61,13 @@ class Run:
     options: Sequence[str]
     evaluate_options: Sequence[str]
     prepare_options: Sequence[str]
-    teachers: Optional[Teachers] = None
+    made: Sequence[Made] = ()
 
     @property
     def generation(self) -> int:
         """How many trainings have to come before, one after the other."""
-        if self.teachers is None:
-            return 0
-        return 1 + max(run.generation for run in self.teachers.runs)
+        before = [run.generation for made in self.made for run in made.runs]
+        return 1 + max(before) if before else 0
 
     @property
     def folder(self) -> Path:
@@ -87,6 +90,14 @@ class Run:
         return self.folder / "machine"
 
     @property
+    def prepared(self) -> "Run":
+        """Whose data ``prepare.sh`` makes: itself, or a run that has translated its text."""
+        for made in self.made:
+            if made.path == self.data:
+                return made.runs[0].prepared
+        return self
+
+    @property
     def prepare(self) -> List[str]:
         """Return the command that prepares its data."""
         script = str(self.recipe / "prepare.sh")
@@ -95,8 +106,7 @@ class Run:
     @property
     def train(self) -> List[str]:
         """Return the command that trains."""
-        taught = [] if self.teachers is None else ["--self-kd-teacher", str(self.teachers.file)]
-        return [str(self.recipe / "train.sh"), *self._which(), *self.options, *taught]
+        return [str(self.recipe / "train.sh"), *self._which(), *self.options]
 
     @property
     def evaluate(self) -> List[str]:
@@ -141,30 +151,46 @@ def _run(
     folder = out / task["data"]
     options = _flat([task.get("options", []), arm.get("options", [])])
     places = {"root": str(ROOT), "seed": str(seed)}
-    teachers = None
+    recipe = ROOT / "examples" / task["recipe"]
+    made = []
+    if "translated_by" in task:
+        runs = _runs(path, declared, out, task["translated_by"], experiment)
+        script = str(recipe.parent / "distil" / "translate.sh")
+        names = ":".join(run.folder.name for run in runs)
+        command = [script, recipe.name, names, "--out", str(runs[0].out), "--into", str(folder)]
+        made.append(Made(runs, folder / "data", command))
     if "teachers" in arm:
-        which = arm["teachers"]
-        taught_by = [
-            _run(path, declared, out, which["task"], which["arm"], its_seed, experiment)
-            for its_seed in which["seeds"]
-        ]
-        if taught_by[0].out != folder:
-            raise PlanError(f"{path}: the teachers of {arm_name} have other data than {task_name}")
-        name = f"{which['task']}-{which['arm']}-seeds{'+'.join(map(str, which['seeds']))}.skd"
-        teachers = Teachers(taught_by, folder / name)
+        runs = _runs(path, declared, out, arm["teachers"], experiment)
+        checkpoints = ":".join(str(run.folder / "checkpoint_best.pt") for run in runs)
+        first, seeds = runs[0], "+".join(str(run.seed) for run in runs)
+        file = folder / f"{first.task}-{first.arm}-seeds{seeds}.skd"
+        program = [str(Path(sys.executable).parent / "fairseq-skd"), "teach", str(folder / "data")]
+        command = [*program, "--path", checkpoints, "--output", str(file)]
+        made.append(Made(runs, file, command))
+        options += ["--self-kd-teacher", str(file)]
     return Run(
         experiment=experiment,
         task=task_name,
         arm=arm_name,
         seed=seed,
-        recipe=ROOT / "examples" / task["recipe"],
+        recipe=recipe,
         out=folder,
         criterion=arm["criterion"],
         options=[_placed(option, places) for option in options],
         evaluate_options=_flat(task.get("evaluate", [])),
         prepare_options=_flat(task.get("prepare", [])),
-        teachers=teachers,
+        made=made,
     )
+
+
+def _runs(
+    path: Path, declared: Any, out: Path, which: Mapping[str, Any], experiment: str
+) -> List[Run]:
+    """Return the finished runs that ``teachers`` or ``translated_by`` names."""
+    return [
+        _run(path, declared, out, which["task"], which["arm"], seed, experiment)
+        for seed in which["seeds"]
+    ]
 
 
 def _named(path: Path, kind: str, name: str, declared: Mapping[str, Any]) -> Dict[str, Any]:

@@ -129,7 +129,12 @@ def test_scaled_words_leave_nothing_to_others(build, train_step, tmp_path, monke
 
 PLAN = {
     "tasks": {
-        "toy": {"recipe": "translation/multi30k", "data": "toy", "options": [["--x", 1], "--y"]}
+        "toy": {"recipe": "translation/multi30k", "data": "toy", "options": [["--x", 1], "--y"]},
+        "translated": {
+            "recipe": "translation/multi30k",
+            "data": "other",
+            "translated_by": {"task": "toy", "arm": "label_smoothing", "seeds": [2]},
+        },
     },
     "arms": {
         "label_smoothing": {"criterion": "label_smoothed_cross_entropy"},
@@ -146,6 +151,7 @@ PLAN = {
     "experiments": [
         {"name": "first", "task": "toy", "seeds": [1, 2], "arms": ["label_smoothing", "taught"]},
         {"name": "last", "task": "toy", "seeds": [2], "arms": ["third"]},
+        {"name": "sequence", "task": "translated", "seeds": [1], "arms": ["taught"]},
     ],
 }
 SCRIPT = """#!/bin/bash
@@ -185,13 +191,14 @@ def toy(tmp_path, monkeypatch):
         "import sys\nfrom pathlib import Path\nfrom experiments import plan, __main__ as program\n"
         f"read, recipe = plan.read, Path({str(recipe)!r})\n"
         "def stand_in(run):\n"
-        "    teachers = run.teachers\n"
-        "    if teachers: teachers = replace(teachers, runs=list(map(stand_in, teachers.runs)))\n"
-        "    return replace(run, recipe=recipe, teachers=teachers)\n"
+        "    made = [\n"
+        "        replace(m, runs=list(map(stand_in, m.runs)), command=[*command, *m.command])\n"
+        "        for m in run.made\n"
+        "    ]\n"
+        "    return replace(run, recipe=recipe, made=made)\n"
         "from dataclasses import replace\n"
         "program.read = lambda *a: [stand_in(run) for run in read(*a)]\n"
-        f"command = ['bash', '-c', 'echo teach \"$@\" >> {calls}', 'teach']\n"
-        "plan.Teachers.command = property(lambda self: [*command, str(self.file.name)])\n"
+        f"command = ['bash', '-c', 'echo $(basename $1) \"${{@:2}}\" >> {calls}', 'made']\n"
         "program.main()\n"
     )
 
@@ -212,12 +219,15 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_a_plan_is_run_teachers_first_and_its_figures_are_collected(toy, tmp_path):
-    printed, calls = toy("--jobs", "2")
+    printed, calls = toy("--jobs", "2", "--only", "first", "last")
     assert "5 of 5 runs are complete" in printed
     first, last = (
-        next(i for i, call in enumerate(calls) if call == f"teach {file}")
+        next(i for i, call in enumerate(calls) if call.endswith(f"/toy/{file}"))
         for file in ("toy-label_smoothing-seeds1+2.skd", "toy-taught-seeds1.skd")
     )
+    data = tmp_path / "toy"
+    paths = ":".join(f"{data}/toy-label_smoothing-seed{n}/checkpoint_best.pt" for n in (1, 2))
+    assert calls[first].startswith(f"fairseq-skd teach {data}/data --path {paths} --output")
     arms = "label_smoothing", "taught", "third"
     trained = {
         arm: [
@@ -237,7 +247,7 @@ def test_a_plan_is_run_teachers_first_and_its_figures_are_collected(toy, tmp_pat
         ("test perplexity", "12.5"),
     ]
     before = (tmp_path / "out.csv").read_text()
-    _, again = toy()  # train.sh and teach know that there is nothing to do
+    _, again = toy("--only", "first", "last")  # train.sh and teach know that nothing is to do
     assert sum("evaluate.sh" in call for call in again) == 5
     assert (tmp_path / "out.csv").read_text() == before
 
@@ -245,16 +255,43 @@ def test_a_plan_is_run_teachers_first_and_its_figures_are_collected(toy, tmp_pat
 def test_teachers_of_teachers_come_first(toy):
     printed, calls = toy("--only", "last")
     assert "1 of 1 runs are complete" in printed
-    names = [re.sub(r".*--name (\S+) .*", r"\1", call) for call in calls]
-    assert names == [
+    assert in_short(calls) == [
         "toy-label_smoothing-seed1",
         "toy-label_smoothing-seed2",
-        "teach toy-label_smoothing-seeds1+2.skd",
+        "toy-label_smoothing-seeds1+2.skd",
         "toy-taught-seed1",
-        "teach toy-taught-seeds1.skd",
+        "toy-taught-seeds1.skd",
         "toy-third-seed2",  # trained, then scored
         "toy-third-seed2",
     ]
+
+
+def test_a_text_is_translated_before_it_is_taught(toy, tmp_path):
+    """Its teachers are trained on the text as it was, and teach on the new one."""
+    printed, calls = toy("--only", "sequence")
+    assert "1 of 1 runs are complete" in printed
+    assert in_short(calls) == [
+        "toy-label_smoothing-seed2",
+        "other",
+        "toy-label_smoothing-seed1",
+        "toy-label_smoothing-seed2",  # train.sh knows that there is nothing to do
+        "toy-label_smoothing-seeds1+2.skd",
+        "translated-taught-seed1",
+        "translated-taught-seed1",
+    ]
+    old, new = tmp_path / "toy", tmp_path / "other"
+    translate = f"translate.sh multi30k toy-label_smoothing-seed2 --out {old} --into {new}"
+    assert calls[1] == translate
+    assert calls[4].startswith(f"fairseq-skd teach {new}/data --path {old}/toy-label")
+    assert calls[5].endswith(f"--self-kd-teacher {new}/{in_short(calls)[4]}")
+    (old / "data").rmdir()
+    assert "/toy/data is missing; first:" in toy("--only", "sequence", status=1)[0]
+
+
+def in_short(calls):
+    """Return the run of each call, or what is made."""
+    names = (re.sub(r".*--name (\S+) .*", r"\1", call) for call in calls)
+    return [re.sub(r".*--(output|into) \S+/", "", name) for name in names]
 
 
 def test_a_failure_is_shown_and_ends_all(toy):
@@ -282,8 +319,9 @@ def test_the_plan_of_the_project_is_valid():
     for run in runs:
         assert (run.recipe / "train.sh").exists()
         assert "{" not in " ".join(run.train)
-        if run.teachers:
-            assert "teach" in run.teachers.command
+        for made in run.made:
+            assert Path(made.command[0]).name in ("fairseq-skd", "translate.sh")
+            assert str(made.path if made.path.suffix else made.path.parent) in made.command
     declared = {(run.experiment, run.arm) for run in runs}
     quick = {"quickstart_taught", "quickstart_translation", "quickstart_past", "quickstart_lm"}
     for line in figures.LINES:

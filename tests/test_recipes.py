@@ -232,6 +232,36 @@ def test_a_student_is_taught_by_finished_runs(prepared):
     ):
         assert message in refused(student, *wrong, "--smoke", "--out", out)
 
+    # Sequence-level distillation: the same runs translate the text that a student is trained on.
+    translate = student.with_name("translate.sh")
+    command = [translate, "multi30k", runs, "--smoke", "--out", out, "--beam", 1, "--max-len-b", 9]
+    printed = script(*command)
+    assert "translated sentences to train on: 150" in printed
+    new = Path(f"{out}-translated-smoke")
+    assert printed.count("--distributed-world-size 2") == 2
+    old_text, text = (
+        [
+            (folder / f"train.{language}").read_text(encoding="utf-8").splitlines()
+            for language in ("en", "de")
+        ]
+        for folder in (Path(f"{out}-smoke", "bpe"), new)
+    )
+    assert text[0] == old_text[0]  # in its order
+    assert text[1] != old_text[1]
+    for name in ("dict.de.txt", "valid.en-de.de.bin", "test2.en-de.en.bin"):
+        ours = (new / "data" / name).read_bytes()
+        assert ours == Path(f"{out}-smoke", "data", name).read_bytes()
+    trained, evaluated = run(MULTI30K, f"{out}-translated", "label_smoothed_cross_entropy")
+    assert "valid on 'valid' subset" in trained
+    assert evaluated.count("BLEU|nrefs:1|case:lc") == 3
+    (new / "generated-1").rename(new / "generated-1.partial")  # as after an interruption
+    again = script(*command)
+    assert again.count("--distributed-world-size 2") == 1
+    assert "done already" in again
+    message = "was translated by other runs, or with other options; --into DIR"
+    assert message in refused(*command, "--lenpen", 2)
+    assert "absent is no finished run" in refused(translate, "multi30k", "absent", *command[3:6])
+
 
 @pytest.mark.skipif(R_DROP not in CRITERION_REGISTRY, reason="fairseq 0.12.2 has no R-Drop")
 @pytest.mark.parametrize("recipe", [MULTI30K, WIKITEXT2], ids=lambda recipe: recipe.name)

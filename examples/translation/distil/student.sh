@@ -17,10 +17,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../recipe.sh"
 
 [ $# -ge 2 ] || help
-RECIPE=$1 RUNS=$2
+recipe_of "$1"
+RUNS=$2
 shift 2
-FOLDER=$(dirname "$FOLDER")/$RECIPE
-[ -f "$FOLDER/train.sh" ] || stop "the recipe is $RECIPE; allowed: multi30k, iwslt14_de_en, wmt14_en_de"
 OFFERED="--joined-dictionary --big"
 train_options self_kd "$@"
 need fairseq-skd
@@ -32,16 +31,9 @@ TEACHER=$OUT/teacher-$(printf '%s' "$RUNS" | tr ':' '+').skd
 if [ -f "$RUN/settings" ]; then
     say "Taught already, from $TEACHER: the student goes on"
 else
-    paths=""
-    IFS=: read -r -a names <<< "$RUNS"
-    for name in "${names[@]}"; do
-        [ -f "$OUT/$name/done" ] || stop "$OUT/$name is no finished run; train.sh of $RECIPE makes one"
-        checkpoint=$OUT/$name/average.pt
-        [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt
-        paths=${paths:+$paths:}$checkpoint
-    done
+    checkpoints "$RUNS"
     say "Teaching: what $RUNS give(s) to every word of the training text"
-    run fairseq-skd teach "$DATA" --path "$paths" --output "$TEACHER"
+    run fairseq-skd teach "$DATA" --path "$PATHS" --output "$TEACHER"
 fi
 name=()
 [ -n "$NAME" ] || name=(--name "taught-seed$SEED")
