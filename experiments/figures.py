@@ -38,9 +38,13 @@ class Line(NamedTuple):
 
 QUICK = "quickstart_translation"
 LINES = [
-    Line("Multi30k, 10,000 pairs, a quarter of the parameters", "translation#taught",
+    Line("Multi30k, 10,000 pairs", "translation#the-same-size",
+         "taught by four of its own size", "same_size", "taught_by_four"),
+    Line("Multi30k, 10,000 pairs, a quarter of the parameters",
+         "translation#a-quarter-of-the-parameters",
          "taught by four full-size models", "small", "taught_by_four"),
-    Line("the same", "translation#taught", "taught by two", "small", "taught_by_two"),
+    Line("the same", "translation#a-quarter-of-the-parameters", "taught by two", "small",
+         "taught_by_two"),
     Line("quick start, 29 % of the parameters, 11 passes", "translation#taught",
          "taught by one full-size model", "quickstart_taught", "taught_by_one"),
     Line("Multi30k, 10,000 pairs", "translation#the-default", "`neighbors`, the default",

@@ -455,7 +455,9 @@ def test_shards_write_one_file_and_a_temperature_counts(corpus, teachers, tmp_pa
         soft = stored.read([i], len(expected[i]))
         best = expected[i].topk(3, 1).values
         torch.testing.assert_close(soft.weights.double(), best, rtol=2e-3, atol=1e-6)
-    assert "0 of 160 sentences are missing" in skd("teach", corpus / "pair", *options)
+    again = skd("teach", corpus / "pair", *options)
+    assert "is complete: nothing is left to do" in again
+    assert "words a second" not in again
 
 
 def test_what_was_killed_goes_on(corpus, teachers, taught, tmp_path):

@@ -112,7 +112,9 @@ def teach(
         missing = writer.missing(check=begun)
     # Each shard has its own stretch of the file, so that machines do not write side by side.
     mine = missing[missing * num_shards // max(len(layout.lengths), 1) == shard_id]
-    if begun or len(mine) < len(missing):
+    if not len(missing):
+        note(f"{output_file} is complete: nothing is left to do")
+    elif begun or len(mine) < len(missing):
         note(f"{len(missing)} of {len(layout.lengths)} sentences are missing; {len(mine)} are ours")
     limits = utils.resolve_max_positions(
         first.task.max_positions(), *(module.max_positions() for module in modules)
@@ -148,7 +150,8 @@ def teach(
         title += f"; {left} sentences are still missing, those of other shards"
     formats = {"perplexity": ".2f", "right_first_choices": ".4f", "mass_of_the_words": ".4f"}
     formats.update(seconds=".1f", words_a_second=",.0f")
-    output.show({"teacher": Titled(title, rows)}, formats, as_json, False)
+    if len(missing) or as_json:
+        output.show({"teacher": Titled(title, rows)}, formats, as_json, False)
 
 
 def _check(
