@@ -501,6 +501,11 @@ recipe_of() {  # NAME: sets RECIPE and FOLDER to those of the translation recipe
     [ -f "$FOLDER/train.sh" ] || stop "the recipe is $1; allowed: multi30k, iwslt14_de_en, wmt14_en_de"
 }
 
+one_process() {  # DOES [THEN]: stops under torchrun and srun
+    [ -z "${WORLD_SIZE:-}" ] && [ "${SLURM_NTASKS:-1}" -eq 1 ] ||
+        stop "$SCRIPT $1 in one process, and several were started: start it alone${2:-}"
+}
+
 checkpoints() {  # RUN[:RUN...]: sets PATHS, for fairseq, to what teaches or translates of these runs
     local names name checkpoint
     PATHS=""

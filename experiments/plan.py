@@ -168,7 +168,7 @@ def _run(
         command = [*program, "--path", checkpoints, "--output", str(file)]
         made.append(Made(runs, file, command))
         options += ["--self-kd-teacher", str(file)]
-    return Run(
+    run = Run(
         experiment=experiment,
         task=task_name,
         arm=arm_name,
@@ -181,6 +181,10 @@ def _run(
         prepare_options=_flat(task.get("prepare", [])),
         made=made,
     )
+    for one in made:
+        if one.runs[0].prepared.out != run.prepared.out:
+            raise PlanError(f"{path}: the teachers of {arm_name} have other data than {task_name}")
+    return run
 
 
 def _runs(

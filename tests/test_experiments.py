@@ -312,6 +312,12 @@ def test_what_is_not_declared_or_prepared_is_refused(toy, tmp_path):
     OmegaConf.save(other, tmp_path / "plan.yaml")
     printed, _ = toy(status=1)
     assert "the arm is absent; allowed: label_smoothing, taught" in printed
+    other = json.loads(json.dumps(PLAN))
+    other["tasks"]["strange"] = {**other["tasks"]["toy"], "data": "strange"}
+    other["experiments"][1]["task"] = "strange"
+    OmegaConf.save(other, tmp_path / "plan.yaml")
+    printed, _ = toy(status=1)
+    assert "the teachers of third have other data than strange" in printed
 
 
 def test_the_plan_of_the_project_is_valid():
@@ -320,8 +326,10 @@ def test_the_plan_of_the_project_is_valid():
         assert (run.recipe / "train.sh").exists()
         assert "{" not in " ".join(run.train)
         for made in run.made:
-            assert Path(made.command[0]).name in ("fairseq-skd", "translate.sh")
+            assert Path(made.command[0]).exists()
             assert str(made.path if made.path.suffix else made.path.parent) in made.command
+    programs = {Path(made.command[0]).name for run in runs for made in run.made}
+    assert programs == {"fairseq-skd", "translate.sh"}
     declared = {(run.experiment, run.arm) for run in runs}
     quick = {"quickstart_taught", "quickstart_translation", "quickstart_past", "quickstart_lm"}
     for line in figures.LINES:

@@ -251,6 +251,11 @@ def test_a_student_is_taught_by_finished_runs(prepared):
     for name in ("dict.de.txt", "valid.en-de.de.bin", "test2.en-de.en.bin"):
         ours = (new / "data" / name).read_bytes()
         assert ours == Path(f"{out}-smoke", "data", name).read_bytes()
+    binary = "train.en-de.de.bin"
+    old_binary = Path(f"{out}-smoke", "data", binary).read_bytes()
+    assert (new / "data" / binary).read_bytes() != old_binary
+    following = f"train.sh label_smoothed_cross_entropy --out {out}-translated --smoke\n"
+    assert printed.endswith(following)
     trained, evaluated = run(MULTI30K, f"{out}-translated", "label_smoothed_cross_entropy")
     assert "valid on 'valid' subset" in trained
     assert evaluated.count("BLEU|nrefs:1|case:lc") == 3
@@ -260,6 +265,8 @@ def test_a_student_is_taught_by_finished_runs(prepared):
     assert "done already" in again
     message = "was translated by other runs, or with other options; --into DIR"
     assert message in refused(*command, "--lenpen", 2)
+    assert "holds another text; --into DIR" in refused(*command, "--into", out)
+    assert "translate.sh has no option --name" in refused(*command, "--name=other")
     assert "absent is no finished run" in refused(translate, "multi30k", "absent", *command[3:6])
 
 

@@ -23,9 +23,7 @@ shift 2
 OFFERED="--joined-dictionary --big"
 train_options self_kd "$@"
 need fairseq-skd
-[ -z "${WORLD_SIZE:-}" ] && [ "${SLURM_NTASKS:-1}" -eq 1 ] ||
-    stop "several processes would all teach: first  fairseq-skd teach  in one, then  train.sh self_kd" \
-        "--self-kd-candidates stored --self-kd-teacher FILE  in all"
+one_process "teaches" "; then  train.sh self_kd --self-kd-candidates stored --self-kd-teacher FILE  in all"
 TEACHER=$OUT/teacher-$(printf '%s' "$RUNS" | tr ':' '+').skd
 [ -n "$NAME" ] || RUN=$OUT/taught-seed$SEED
 if [ -f "$RUN/settings" ]; then

@@ -18,7 +18,10 @@ BATCH=128  # sentences; a part without any makes fairseq-generate divide by zero
 
 begun_alike() {  # one folder never holds what different models or options have given
     local settings=("$DATA" "$PATHS" "${EXTRA[@]}")
-    if [ -f "$INTO/settings" ] && ! printf '%s\n' "${settings[@]}" | cmp -s - "$INTO/settings"; then
+    if [ -d "$INTO/data$JOINED" ] && [ ! -f "$INTO/settings" ]; then
+        stop "$INTO holds another text; --into DIR makes a folder of its own"
+    fi
+    if [ -n "$(find "$INTO" -name 'generated-?')" ] && ! printf '%s\n' "${settings[@]}" | cmp -s - "$INTO/settings"; then
         stop "$INTO was translated by other runs, or with other options; --into DIR makes another folder"
     fi
     printf '%s\n' "${settings[@]}" > "$INTO/settings"
@@ -60,18 +63,25 @@ recipe_of "$1"
 RUNS=$2 INTO="" GIVEN=()
 shift 2
 while [ $# -gt 0 ]; do
+    case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
         --into) value "$@" && INTO=$VALUE && shift 2 ;;
+        --seed | --name | --precision) stop "$SCRIPT has no option $1; see $SCRIPT --help" ;;
         *) GIVEN+=("$1") && shift ;;
     esac
 done
 OFFERED="--joined-dictionary"
 train_options self_kd "${GIVEN[@]}"
 need fairseq-generate fairseq-preprocess
+one_process "translates"
 checkpoints "$RUNS"
-INTO=${INTO:-${OUT%"${SMOKE:+-smoke}"}-translated}
-NEXT=$INTO INTO=$INTO${SMOKE:+-smoke}
-pair=$(find "$DATA" -name 'train.*-*.*.idx' | sed -n '1s/.*train\.\([^.]*\)\..*/\1/p')
+OUT=${OUT%/}
+NEXT=${INTO:-${OUT%"${SMOKE:+-smoke}"}-translated}
+NEXT=${NEXT%/}
+case $NEXT in /*) ;; *) NEXT=$PWD/$NEXT ;; esac
+INTO=$NEXT${SMOKE:+-smoke}
+pair=$(find "$DATA/" -name 'train.*-*.*.idx' | sed -n '1s/.*train\.\([^.]*\)\..*/\1/p')
+[ -n "$pair" ] || stop "$DATA holds no training text of two languages"
 SOURCE=${pair%-*} TARGET=${pair#*-}
 batches=$((($(wc -l < "$OUT/bpe/train.$SOURCE") + BATCH - 1) / BATCH))
 PARTS=$((batches < 10 ? batches : 10))
@@ -83,4 +93,5 @@ step "$INTO/data$JOINED" "fairseq-preprocess" new_data
 for folder in text tokens; do
     ln -sfn "$OUT/$folder" "$INTO/$folder"
 done
-say "Ready: $INTO/data$JOINED. Next:  $FOLDER/train.sh label_smoothed_cross_entropy --out $NEXT${SMOKE:+ --smoke}"
+say "Ready: $INTO/data$JOINED. Next:  $FOLDER/train.sh label_smoothed_cross_entropy$(quoted --out "$NEXT" \
+    ${SMOKE:+--smoke} ${JOINED:+--joined-dictionary})"
