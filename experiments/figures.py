@@ -45,7 +45,7 @@ LINES = [
          "taught by four full-size models", "small", "taught_by_four"),
     Line("the same", "translation#a-quarter-of-the-parameters", "taught by two", "small",
          "taught_by_two"),
-    Line("quick start, 29 % of the parameters, 11 passes", "translation#taught",
+    Line("quick start, 29 % of the parameters, 11 passes", "translation#the-quick-start",
          "taught by one full-size model", "quickstart_taught", "taught_by_one"),
     Line("Multi30k, 10,000 pairs", "translation#the-default", "`neighbors`, the default",
          "default", "self_kd"),
@@ -60,6 +60,8 @@ LINES = [
          "wikitext2_long", "neighbors", "cross_entropy"),
     Line("quick start, language model, 7 passes", "language_models#a-small-text", "`neighbors`",
          "quickstart_lm", "self_kd"),
+    Line("quick start, language model, 7 passes", "language_models#taught-by-finished-models",
+         "taught by four of its own size", "quickstart_lm_taught", "taught_by_four"),
 ]  # fmt: skip
 
 
