@@ -45,6 +45,9 @@ LINES = [
          "taught by four full-size models", "small", "taught_by_four"),
     Line("the same", "translation#a-quarter-of-the-parameters", "taught by two", "small",
          "taught_by_two"),
+    Line("the same, trained on translations of the four",
+         "translation#translations-instead-of-probabilities",
+         "taught by four full-size models", "sequence", "sequence_level,taught_by_four"),
     Line("quick start, 29 % of the parameters, 11 passes", "translation#the-quick-start",
          "taught by one full-size model", "quickstart_taught", "taught_by_one"),
     Line("Multi30k, 10,000 pairs", "translation#the-default", "`neighbors`, the default",
@@ -61,7 +64,10 @@ LINES = [
     Line("quick start, language model, 7 passes", "language_models#a-small-text", "`neighbors`",
          "quickstart_lm", "self_kd"),
     Line("quick start, language model, 7 passes", "language_models#taught-by-finished-models",
-         "taught by four of its own size", "quickstart_lm_taught", "taught_by_four"),
+         "taught by four of its own size, ten words", "quickstart_lm_taught", "taught_by_four"),
+    Line("the same", "language_models#taught-by-finished-models",
+         "taught by four of its own size, fifty words", "quickstart_lm_taught",
+         "taught_by_four,50_words"),
 ]  # fmt: skip
 
 
