@@ -154,18 +154,20 @@ def _run(
     recipe = ROOT / "examples" / task["recipe"]
     made = []
     if "translated_by" in task:
-        runs = _runs(path, declared, out, task["translated_by"], experiment)
+        runs = _runs(path, declared, out, task["translated_by"], seed, experiment)
         script = str(recipe.parent / "distil" / "translate.sh")
         names = ":".join(run.folder.name for run in runs)
         command = [script, recipe.name, names, "--out", str(runs[0].out), "--into", str(folder)]
         made.append(Made(runs, folder / "data", command))
     if "teachers" in arm:
-        runs = _runs(path, declared, out, arm["teachers"], experiment)
+        runs = _runs(path, declared, out, arm["teachers"], seed, experiment)
         checkpoints = ":".join(str(run.folder / "checkpoint_best.pt") for run in runs)
         first, seeds = runs[0], "+".join(str(run.seed) for run in runs)
-        file = folder / f"{first.task}-{first.arm}-seeds{seeds}.skd"
+        how = _flat(arm["teachers"].get("teach", []))
+        named = "".join(how).replace("--", "-")  # another file than without the options
+        file = folder / f"{first.task}-{first.arm}-seeds{seeds}{named}.skd"
         program = [str(Path(sys.executable).parent / "fairseq-skd"), "teach", str(folder / "data")]
-        command = [*program, "--path", checkpoints, "--output", str(file)]
+        command = [*program, "--path", checkpoints, "--output", str(file), *how]
         made.append(Made(runs, file, command))
         options += ["--self-kd-teacher", str(file)]
     run = Run(
@@ -188,12 +190,12 @@ def _run(
 
 
 def _runs(
-    path: Path, declared: Any, out: Path, which: Mapping[str, Any], experiment: str
+    path: Path, declared: Any, out: Path, which: Mapping[str, Any], own: int, experiment: str
 ) -> List[Run]:
-    """Return the finished runs that ``teachers`` or ``translated_by`` names."""
+    """Return the finished runs that ``teachers`` or ``translated_by`` names for a run's own seed."""
+    seeds = (own if seed == "own" else seed for seed in which["seeds"])
     return [
-        _run(path, declared, out, which["task"], which["arm"], seed, experiment)
-        for seed in which["seeds"]
+        _run(path, declared, out, which["task"], which["arm"], seed, experiment) for seed in seeds
     ]
 
 

@@ -147,11 +147,21 @@ PLAN = {
             "criterion": "self_kd",
             "teachers": {"task": "toy", "arm": "taught", "seeds": [1]},
         },
+        "itself": {
+            "criterion": "self_kd",
+            "teachers": {
+                "task": "toy",
+                "arm": "label_smoothing",
+                "seeds": ["own"],
+                "teach": ["--top-k", 50],
+            },
+        },
     },
     "experiments": [
         {"name": "first", "task": "toy", "seeds": [1, 2], "arms": ["label_smoothing", "taught"]},
         {"name": "last", "task": "toy", "seeds": [2], "arms": ["third"]},
         {"name": "sequence", "task": "translated", "seeds": [1], "arms": ["taught"]},
+        {"name": "itself", "task": "toy", "seeds": [2], "arms": ["itself"]},
     ],
 }
 SCRIPT = """#!/bin/bash
@@ -264,6 +274,16 @@ def test_teachers_of_teachers_come_first(toy):
         "toy-third-seed2",  # trained, then scored
         "toy-third-seed2",
     ]
+
+
+def test_a_student_of_its_own_seed_and_other_options_of_the_teacher(toy, tmp_path):
+    printed, calls = toy("--only", "itself")
+    data = tmp_path / "toy"
+    assert calls[1] == (
+        f"fairseq-skd teach {data}/data --path {data}/toy-label_smoothing-seed2/checkpoint_best.pt "
+        f"--output {data}/toy-label_smoothing-seeds2-top-k50.skd --top-k 50"
+    )
+    assert f"--self-kd-teacher {data}/toy-label_smoothing-seeds2-top-k50.skd" in calls[2]
 
 
 def test_a_text_is_translated_before_it_is_taught(toy, tmp_path):
