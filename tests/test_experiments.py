@@ -110,21 +110,41 @@ def test_words_by_their_counts(taught, model, lm):
             assert abs(count / of_first - expected) <= bound
 
 
-def test_scaled_words_leave_nothing_to_others(build, train_step, tmp_path, monkeypatch):
-    model = ["--arch", "transformer", *TINY]
-    layout = text_layout(build(*model, *SETTINGS, "--criterion", "self_kd").task)
-    row = torch.tensor([0.4, 0.2]), torch.tensor([5, 6])
-    words = [(row[1].expand(n, 2), row[0].expand(n, 2)) for n in layout.lengths.tolist()]
-    write_stored_targets(tmp_path / "t", words)
-    stored = ["--self-kd-candidates", "stored", "--self-kd-teacher", tmp_path / "t"]
-    built = build(*model, *SETTINGS, "--criterion", "self_kd_scaled", *stored)
-    given = []
-    monkeypatch.setattr(SelfKDCriterion, "_linear_loss", lambda *a: given.append(a[-1]) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train_step(built, built.samples[0])
-    soft = given[0]
-    assert isinstance(soft, SoftTarget)
+@pytest.fixture
+def told(build, train_step, tmp_path, monkeypatch):
+    """Return the first batch's targets, and what a control makes of two words everywhere."""
+
+    def run(name):
+        model = ["--arch", "transformer", *TINY]
+        layout = text_layout(build(*model, *SETTINGS, "--criterion", "self_kd").task)
+        row = torch.tensor([0.4, 0.2]), torch.tensor([5, 6])
+        words = [(row[1].expand(n, 2), row[0].expand(n, 2)) for n in layout.lengths.tolist()]
+        write_stored_targets(tmp_path / "t", words)
+        stored = ["--self-kd-candidates", "stored", "--self-kd-teacher", tmp_path / "t"]
+        built = build(*model, *SETTINGS, "--criterion", name, *stored)
+        given = []
+        monkeypatch.setattr(
+            SelfKDCriterion, "_linear_loss", lambda *a: given.append(a[-1]) or 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            train_step(built, built.samples[0])
+        assert isinstance(given[0], SoftTarget)
+        return built.samples[0]["target"].flatten(), given[0]
+
+    return run
+
+
+def test_scaled_words_leave_nothing_to_others(told):
+    _, soft = told("self_kd_scaled")
     torch.testing.assert_close(soft.weights[0], torch.tensor([2 / 3, 1 / 3]), rtol=1e-3, atol=0)
+
+
+def test_a_teacher_is_trusted_as_far_as_it_is_right(told):
+    target, soft = told("self_kd_trusted")
+    right = torch.zeros(len(target))
+    right[target == 5], right[target == 6] = 0.4, 0.2
+    assert 0 < right.count_nonzero() < len(target)
+    torch.testing.assert_close(soft.share, right, rtol=1e-3, atol=0)
 
 
 PLAN = {

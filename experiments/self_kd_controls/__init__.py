@@ -13,6 +13,7 @@ Of ``--self-kd-candidates neighbors``, other words get the masses of the nearest
 Of ``--self-kd-candidates stored``:
 
 - ``self_kd_scaled``: what the k words leave goes to themselves, and not to all words alike.
+- ``self_kd_trusted``: the teacher is believed as far as it gives to the target, as `past` is.
 """
 
 from typing import Any, ClassVar, Dict, Mapping, Optional, Tuple, Type
@@ -125,6 +126,15 @@ class ScaledSource(StoredSource):
         return soft._replace(weights=soft.weights / total)
 
 
+class TrustedSource(StoredSource):
+    """A word that the teacher held for unlikely is learned without it."""
+
+    def read(self, batch: Batch, text: Text) -> SoftTarget:
+        """Return the words; shares are what they give to the targets."""
+        soft = super().read(batch, text)
+        return soft.trusted(batch.target[: len(soft.ids)])
+
+
 def _with(name: str, source: Type[Source]) -> Mapping[str, Type[Source]]:
     return {**SOURCES, name: source}
 
@@ -165,3 +175,10 @@ class ScaledCriterion(SelfKDCriterion):
     """What the teacher's words leave goes to themselves."""
 
     sources: ClassVar[Mapping[str, Type[Source]]] = _with("stored", ScaledSource)
+
+
+@register_criterion("self_kd_trusted", dataclass=SelfKDCriterionConfig)
+class TrustedCriterion(SelfKDCriterion):
+    """The teacher is believed as far as it gives to the target."""
+
+    sources: ClassVar[Mapping[str, Type[Source]]] = _with("stored", TrustedSource)
