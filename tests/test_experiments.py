@@ -297,7 +297,7 @@ def test_teachers_of_teachers_come_first(toy):
 
 
 def test_a_student_of_its_own_seed_and_other_options_of_the_teacher(toy, tmp_path):
-    printed, calls = toy("--only", "itself")
+    _, calls = toy("--only", "itself")
     data = tmp_path / "toy"
     assert calls[1] == (
         f"fairseq-skd teach {data}/data --path {data}/toy-label_smoothing-seed2/checkpoint_best.pt "
