@@ -192,7 +192,7 @@ def _run(
 def _runs(
     path: Path, declared: Any, out: Path, which: Mapping[str, Any], own: int, experiment: str
 ) -> List[Run]:
-    """Return the finished runs that ``teachers`` or ``translated_by`` names, for a seed of its own."""
+    """Return the finished runs that ``teachers`` or ``translated_by`` names; ``own`` is a seed."""
     seeds = (own if seed == "own" else seed for seed in which["seeds"])
     return [
         _run(path, declared, out, which["task"], which["arm"], seed, experiment) for seed in seeds
