@@ -5,7 +5,15 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "argmax", "block_positions", "largest_of", "maxima_of", "padded"]
+__all__ = [
+    "GROUP",
+    "argmax",
+    "block_positions",
+    "largest_of",
+    "maxima_of",
+    "members_of",
+    "padded",
+]
 
 # A float32 block of logits takes this much memory. On a CPU it should fit into the cache, and the C
 # library keeps pieces of less than 32 MiB for the next step, where larger ones go back to the

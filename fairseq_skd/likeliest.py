@@ -3,14 +3,20 @@
 Of an ensemble that is the mean of the models' probabilities, as fairseq's generator has it. Logits
 exist for one block of positions at a time (`blocks`): at N = 4,096 and V = 32,768 all of them would
 take 512 MiB a model.
+
+The likeliest words alone say nothing of the others, and what they leave, given to all words alike,
+is far from what the models think where it is much: in a language model 40 %. So some of the words
+may be sampled from the rest instead, each for an equal part of it. What is kept is then, on average
+over positions, what the models give: after Anshumann et al., "Sparse Logit Sampling" (ACL 2025,
+arXiv 2503.16870), who sample all of the words.
 """
 
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from fairseq_skd.blocks import block_positions, largest_of, maxima_of, padded
+from fairseq_skd.blocks import GROUP, block_positions, largest_of, maxima_of, members_of, padded
 
 __all__ = ["Likeliest", "likeliest_words"]
 
@@ -21,9 +27,9 @@ class Likeliest(NamedTuple):
     Attributes
     ----------
     ids : Tensor
-        int64, N x k: the likeliest words first.
+        int64, N x k: the likeliest words first, then those that are sampled.
     probabilities : Tensor
-        float32, N x k.
+        float32, N x k: of a sampled word its part of the rest, 0 where it stands already.
     of_target : Tensor
         float32, N: probability of the true word.
     """
@@ -41,6 +47,8 @@ def likeliest_words(
     top_k: int,
     temperature: float = 1.0,
     block_bytes: Optional[int] = None,
+    sampled: int = 0,
+    offsets: Optional[Tensor] = None,
 ) -> Likeliest:
     """Return the words to which the mean of models' probabilities gives most.
 
@@ -59,6 +67,10 @@ def likeliest_words(
         By which logits are divided, > 0.
     block_bytes : int, optional
         See `block_positions`.
+    sampled : int
+        So many of the k are sampled from the rest, 0 to k - 1.
+    offsets : Tensor, optional
+        Floating point, N, 0 to 1: evenly spread random numbers to sample with.
     """
     like = features[0].t() if embeddings[0] is None else embeddings[0]
     num_words, step = len(like), block_positions(features[0], like, block_bytes)
@@ -71,7 +83,12 @@ def likeliest_words(
             total = given if total is None else total.add_(given)
         assert total is not None
         of_target = total.t().gather(1, target[part].unsqueeze(1)).squeeze(1)
-        ids, values = largest_of(total, maxima_of(total), top_k)
+        ids, values = largest_of(total, maxima_of(total), top_k - sampled)
+        if sampled:
+            assert offsets is not None
+            total.t().scatter_(1, ids, 0)
+            more = sampled_from(total.clamp_(min=0), sampled, offsets[part])
+            ids, values = (torch.cat(pair, 1) for pair in zip((ids, values), more))
         # Of fewer possible words than k some rows beyond the vocabulary may be found, with 0.
         found.append((ids.clamp_(max=num_words - 1), values.clamp_(min=0), of_target))
     if not found:
@@ -80,6 +97,48 @@ def likeliest_words(
         return Likeliest(target.new_zeros(shape), empty.view(shape), empty)
     ids, values, of_target = (torch.cat(parts) for parts in zip(*found))
     return Likeliest(ids, values / len(features), of_target / len(features))
+
+
+def sampled_from(rest: Tensor, count: int, offsets: Tensor) -> Tuple[Tensor, Tensor]:
+    """Sample words as often as they are likely, and share what all have among them.
+
+    Systematic sampling: the words lie side by side, each as wide as it is likely, and one is taken
+    at every `count`-th part of the whole, from an offset on. So a word is sampled as often as is
+    expected or once more or less, and in a dictionary by frequency frequent and rare ones each have
+    their turn. (Cochran, "Sampling Techniques", 1977, chapter 8.) In two levels as in `largest_of`:
+    a sum over all V words a position would take longer than the models' logits.
+
+    Parameters
+    ----------
+    rest : Tensor
+        Floating point, words x positions, not negative, in whole groups.
+    count : int
+        m, of a position.
+    offsets : Tensor
+        Positions, 0 to 1.
+
+    Returns
+    -------
+    ids, shares : Tensor
+        Positions x m: rows of ``rest``, ascending, and what they have of its sum. A row that is
+        sampled again has all of it where it stands first, then 0.
+    """
+    below_1 = 1 - 2**-20  # no rounding leads beyond the last word that has something
+    groups = rest.unflatten(0, (-1, GROUP)).sum(1).t().contiguous()
+    upto = groups.cumsum(1)
+    mass = upto[:, -1:]
+    points = (torch.arange(count, device=rest.device) + offsets.unsqueeze(1)) * (mass / count)
+    points = torch.minimum(points, mass * below_1)
+    group = torch.searchsorted(upto, points, right=True).clamp_(max=groups.size(1) - 1)
+    points = points - (upto - groups).gather(1, group)
+    members = members_of(group)
+    within = rest.t().gather(1, members).unflatten(1, (-1, GROUP)).cumsum(2)
+    points = torch.minimum(points.unsqueeze(2), within[..., -1:] * below_1)
+    place = torch.searchsorted(within, points, right=True).clamp_(max=GROUP - 1)
+    ids = group * GROUP + place.squeeze(2)
+    same = ids.unsqueeze(2) == ids.unsqueeze(1)
+    again = same.tril(-1).any(2)
+    return ids, (same.sum(2) * (mass / count)).masked_fill(again, 0)
 
 
 def probabilities_of(features: Tensor, embedding: Optional[Tensor], temperature: float) -> Tensor:

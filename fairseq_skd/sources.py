@@ -464,13 +464,19 @@ class StoredSource(_FileSource):
 
 
 def described(teacher: StoredTargets) -> str:
-    """Return a teacher's models, words, temperature and fingerprint: ``2x10@1#1f0c33aa``."""
+    """Return a teacher's models, words, temperature and fingerprint: ``2x10@1#1f0c33aa``.
+
+    Of words that are partly sampled, ``2x5+5@1#1f0c33aa``.
+    """
     told = teacher.file.head.get("teacher") or {}
     checkpoints, temperature = told.get("checkpoints"), told.get("temperature", 1)
     models = len(checkpoints) if isinstance(checkpoints, list) else "?"
     if isinstance(temperature, float):
         temperature = f"{temperature:g}"
-    return f"{models}x{teacher.top_k}@{temperature}#{teacher.fingerprint}"
+    words, sampled = str(teacher.top_k), told.get("sampled")
+    if isinstance(sampled, int):
+        words = f"{teacher.top_k - sampled}+{sampled}"
+    return f"{models}x{words}@{temperature}#{teacher.fingerprint}"
 
 
 #: By the name of the candidates.

@@ -162,7 +162,7 @@ class TargetsWriter:
         if head_of(path) is None:
             say(make(path, head, layout.lengths, "--output takes another place"))
         found, wanted = (_compared(one) for one in (head_of(path) or {}, head))
-        different = [name for name in wanted if found.get(name) != wanted[name]]
+        different = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
         if different:
             names = {"text": "the text, dictionary or length of blocks", "top_k": "k"}
             which = ", ".join(names.get(name, name) for name in different)

@@ -77,6 +77,36 @@ def test_the_mean_of_models_of_different_width(words, positions, k, block, tempe
     assert found.ids.shape == (positions, k)
 
 
+@pytest.mark.parametrize(("k", "sampled"), [(2, 1), (10, 5), (16, 14), (70, 3)])
+@pytest.mark.parametrize("block", [None, 1])
+def test_what_is_sampled_is_on_average_what_the_models_give(k, sampled, block):
+    words, grid = 70, 4000
+    generator = torch.Generator().manual_seed(k)
+    one = torch.randn(1, words, generator=generator) * 3  # some words are likelier than a part
+    features, table = one.expand(grid, words), None
+    offsets = (torch.arange(grid) + 0.5) / grid
+    target = torch.zeros(grid, dtype=torch.long)
+    found = likeliest_words([features], [table], target, k, 1.0, block, sampled, offsets)
+    p = one[0].double().softmax(0)
+    best = p.topk(k - sampled)
+    assert (found.ids[:, : k - sampled] == best.indices).all()
+    kept = torch.zeros(grid, words, dtype=torch.float64)
+    kept.scatter_add_(1, found.ids, found.probabilities.double())
+    torch.testing.assert_close(kept.sum(1), torch.ones(grid).double(), rtol=1e-5, atol=0)
+    part = (1 - best.values.sum()) / sampled
+    torch.testing.assert_close(kept.mean(0), p, rtol=1e-4, atol=2 * float(part) / grid + 1e-7)
+    # Each as often as is expected, but for one; no word twice.
+    rest = p.scatter(0, best.indices, 0) / part.clamp(min=1e-12)
+    times = kept.scatter(1, best.indices.expand(grid, -1), 0) / part.clamp(min=1e-12)
+    if k < words:
+        assert (times - rest).abs().max() < 1 + 1e-4
+    has = found.probabilities > 0
+    names = found.ids.masked_fill(~has, -1)
+    for row in names[:: grid // 50].tolist():
+        real = [word for word in row if word >= 0]
+        assert len(real) == len(set(real))
+
+
 # ---- the file -----------------------------------------------------------------------------------
 
 

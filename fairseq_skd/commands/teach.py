@@ -40,6 +40,10 @@ def teach(
     ],
     output_file: Annotated[Path, typer.Option("--output", help="The file to write.")],
     top_k: Annotated[int, typer.Option(help="Words kept of every position.")] = 10,
+    sampled: Annotated[
+        int,
+        typer.Option(help="So many of them sampled, to stand for the words that are less likely."),
+    ] = 0,
     temperature: Annotated[
         float, typer.Option(help="By which the teachers' logits are divided.")
     ] = 1.0,
@@ -72,7 +76,7 @@ def teach(
 
       fairseq-skd teach data-bin --path one/checkpoint_best.pt:two/checkpoint_best.pt --output t.skd
     """
-    _check(data, top_k, temperature, max_tokens, fp16, bf16, cpu, num_shards, shard_id)
+    _check(data, top_k, sampled, temperature, max_tokens, fp16, bf16, cpu, num_shards, shard_id)
     checkpoints = [Path(name) for name in path.split(":")]
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
     own = _overrides(context.args)
@@ -103,6 +107,8 @@ def teach(
         "temperature": temperature,
         "precision": str(dtype).replace("torch.", ""),
     }
+    if sampled:
+        teacher["sampled"] = sampled
     try:
         begun = output_file.exists()
         writer = TargetsWriter(output_file, {"top_k": top_k, "teacher": teacher}, layout, note)
@@ -133,7 +139,7 @@ def teach(
             _leave_empty(writer, batches.too_long, top_k)
         for batch in progress(batches, "teaching", len(batches)):
             batch = utils.move_to_cuda(batch) if device.type == "cuda" else batch
-            seen.add(*_write(writer, modules, first.task, batch, top_k, temperature))
+            seen.add(*_write(writer, modules, first.task, batch, top_k, temperature, sampled))
     except KeyboardInterrupt:
         raise CommandError("interrupted; the same command goes on from here") from None
     except WordFileError as error:
@@ -157,6 +163,7 @@ def teach(
 def _check(
     data: Path,
     top_k: int,
+    sampled: int,
     temperature: float,
     max_tokens: int,
     fp16: bool,
@@ -168,6 +175,10 @@ def _check(
     """Refuse what cannot be meant before anything is loaded."""
     for wrong, message in (
         (top_k < 1, f"--top-k is {top_k}; allowed: 1 or more"),
+        (
+            not 0 <= sampled < max(top_k, 1),
+            f"--sampled is {sampled}; allowed: 0 to {top_k - 1}, below --top-k",
+        ),
         (
             not 0 < temperature < math.inf,
             f"--temperature is {temperature}; allowed: a positive number",
@@ -364,10 +375,12 @@ def _write(
     batch: Any,
     top_k: int,
     temperature: float,
+    sampled: int,
 ) -> Tuple[int, float, float, float]:
     """Write what the models give to a batch; return words and sums for `Seen`."""
     target = batch["target"]
     shape = tuple(target.shape)
+    sentences = batch["id"].cpu().numpy()
     features, embeddings = [], []
     with torch.no_grad():
         for module in modules:
@@ -375,16 +388,30 @@ def _write(
             features.append(x)
             embeddings.append(embedding)
     flat = target.reshape(-1)
-    found = likeliest_words(features, embeddings, flat, top_k, temperature)
+    places = np.zeros(shape, np.int64)
+    places[: len(sentences)] = writer.file.records(sentences, shape[1]).rows
+    offsets = torch.from_numpy(_spread(places.reshape(-1))).to(flat.device)
+    found = likeliest_words(
+        features, embeddings, flat, top_k, temperature, sampled=sampled, offsets=offsets
+    )
     real = flat.ne(task.target_dictionary.pad())
-    sentences = batch["id"].cpu().numpy()
     writer.write(
         sentences,
         *(x.view(*shape, top_k)[: len(sentences)] for x in (found.ids, found.probabilities)),
     )
     nll = -found.of_target.clamp(min=1e-38).log()
-    sums = (nll, found.ids[:, 0].eq(flat), found.probabilities.sum(1))
+    likeliest = found.probabilities[:, : top_k - sampled]
+    sums = (nll, found.ids[:, 0].eq(flat), likeliest.sum(1))
     return int(real.sum()), *(float(x.masked_fill(~real, 0).double().sum()) for x in sums)  # type: ignore[return-value]
+
+
+def _spread(places: np.ndarray) -> np.ndarray:
+    """Return a number from 0 to 1 for each place in the text, float32, evenly spread over it.
+
+    The fractions of multiples of the golden ratio: whatever process or batch comes to a place, it
+    samples the same words there.
+    """
+    return np.modf(places * ((math.sqrt(5) - 1) / 2))[0].astype(np.float32)
 
 
 def _before_the_words(module: Any, task: Any, batch: Any) -> Tuple[Tensor, Optional[Tensor]]:
