@@ -237,12 +237,13 @@ def test_a_file_system_without_links_does(tmp_path, monkeypatch):
 # ---- the criterion ------------------------------------------------------------------------------
 
 
-def made_for(task, path, k=4):
+def made_for(task, path, k=4, **teacher):
     """Write a file for a task's training text, and return the rows of every sentence."""
     layout = text_layout(task)
     words = len(task.target_dictionary)
     sentences = [rows(int(n), k, words, i) for i, n in enumerate(layout.lengths)]
-    writer = TargetsWriter(path, {"top_k": k, "teacher": {"checkpoints": [{}, {}]}}, layout)
+    teacher = {"checkpoints": [{}, {}], **teacher}
+    writer = TargetsWriter(path, {"top_k": k, "teacher": teacher}, layout)
     for i, (ids, probabilities) in enumerate(sentences):
         writer.write(np.array([i]), ids[None], probabilities[None])
     writer.close()
@@ -389,12 +390,15 @@ def test_what_belongs_to_another_text_is_refused_before_the_first_update(
     assert loss > 0  # validation needs no teacher
 
 
-def test_the_signature_names_the_teacher(build, tmp_path, caplog):
-    made_for(build(*MODELS["transformer"], *SELF_KD).task, tmp_path / "t")
+@pytest.mark.parametrize(
+    ("teacher", "words"), [({}, "4@1"), ({"sampled": 1, "temperature": 2.0}, "3+1@2")]
+)
+def test_the_signature_names_the_teacher(build, tmp_path, caplog, teacher, words):
+    made_for(build(*MODELS["transformer"], *SELF_KD).task, tmp_path / "t", **teacher)
     with caplog.at_level("INFO"):
         build(*MODELS["transformer"], *STORED, tmp_path / "t", load=False)
     fingerprint = StoredTargets(tmp_path / "t").fingerprint
-    expected = f"self_kd|cand:stored|teacher:2x4@1#{fingerprint}|weight:0.3|start:auto|ramp:auto"
+    expected = f"self_kd|cand:stored|teacher:2x{words}#{fingerprint}|weight:0.3|start:auto|ramp:"
     assert any(message.startswith(expected) for message in caplog.messages)
 
 
@@ -471,6 +475,37 @@ def test_the_file_holds_the_likeliest_words_of_the_mean(corpus, teachers, taught
     head = stored.file.head["teacher"]
     assert [len(checkpoint["sha256"]) for checkpoint in head["checkpoints"]] == [64, 64]
     assert head["precision"] == "float32"
+
+
+def test_words_are_sampled_as_likely_as_they_are(corpus, teachers, tmp_path):
+    """Of all positions together each word has what the teacher gives it, in any batches."""
+    options = ["--path", teachers[0], "--top-k", 5, "--sampled", 3, "--json"]
+    printed = machine("teach", corpus / "pair", *options, "--output", tmp_path / "t")["teacher"][0]
+    stored, (expected, _) = StoredTargets(tmp_path / "t"), dense(teachers[:1], corpus)
+    total = kept = variance = mass = 0.0
+    for i, p in enumerate(expected):
+        soft = stored.read([i], len(p))
+        best = p.topk(2, 1)
+        assert soft.ids[:, :2].equal(best.indices)
+        torch.testing.assert_close(soft.weights.sum(1), torch.ones(len(p)), rtol=2e-3, atol=0)
+        part = (1 - best.values.sum(1, keepdim=True)) / 3
+        times = p.scatter(1, best.indices, 0) / part % 1
+        variance += (part**2 * times * (1 - times)).sum(0)
+        total += p.sum(0)
+        kept += torch.zeros_like(p).scatter_add_(1, soft.ids, soft.weights.double()).sum(0)
+        mass += best.values.sum().item()
+    assert ((kept - total).abs() < 4 * variance.sqrt() + 2e-3 * total).all()
+    assert printed["mass_of_the_words"] == pytest.approx(mass / printed["words"], rel=1e-4)
+    shards = [*options[:-1], "--output", tmp_path / "u", "--max-tokens", 50, "--num-shards", 2]
+    for shard in (1, 0):
+        skd("teach", corpus / "pair", *shards, "--shard-id", shard)
+    again = StoredTargets(tmp_path / "u")
+    same = again.file.words["ids"] == stored.file.words["ids"]
+    assert same.mean() > 0.99  # rounded otherwise, a position's points may lie beside a limit
+    assert "│ sampled " in skd("doctor", tmp_path / "t")
+    for other in ("--sampled=2", "--sampled=0"):
+        message = refused("teach", corpus / "pair", *options, other, "--output", tmp_path / "t")
+        assert "it differs in sampled" in message
 
 
 def test_shards_write_one_file_and_a_temperature_counts(corpus, teachers, tmp_path):
@@ -567,6 +602,7 @@ def test_teach_refuses_what_cannot_work(corpus, teachers, tmp_path):
     for options, expected in (
         (["--top-k", 0], "--top-k is 0; allowed: 1 or more"),
         (["--top-k", 999], "--top-k is 999; allowed: 1 to 48, the words of the dictionary"),
+        (["--sampled", 10], "--sampled is 10; allowed: 0 to 9, below --top-k"),
         (["--temperature", 0], "--temperature is 0.0; allowed: a positive number"),
         (["--num-shards", 2, "--shard-id", 2], "--shard-id is 2; allowed: 0 to 1"),
         (["--fp16", "--cpu"], "--fp16 is for a GPU"),
