@@ -6,6 +6,7 @@ it, the functions below are all there is, and all that another trainer needs.
 
 import importlib.util
 
+from fairseq_skd.likeliest import likeliest_words
 from fairseq_skd.linear_loss import LinearLosses, self_kd_linear_cross_entropy
 from fairseq_skd.loss import Losses, TopWords, reference_loss, self_kd_cross_entropy
 from fairseq_skd.neighbors import Neighbors, nearest_neighbors
@@ -31,6 +32,7 @@ __all__ = [
     "TopWords",
     "__version__",
     "automatic_sigma",
+    "likeliest_words",
     "nearest_neighbors",
     "reference_loss",
     "self_kd_cross_entropy",

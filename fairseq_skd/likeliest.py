@@ -70,9 +70,19 @@ def likeliest_words(
     sampled : int
         So many of the k are sampled from the rest, 0 to k - 1.
     offsets : Tensor, optional
-        Floating point, N, 0 to 1: evenly spread random numbers to sample with.
+        Floating point, N, 0 to 1: to sample with, evenly spread. Default: random numbers.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    >>> target = torch.tensor([0])
+    >>> found = likeliest_words([logits], [None], target, top_k=2, sampled=1)
+    >>> found.ids[0, 0].item(), found.probabilities.sum().item()  # the rest is another word's
+    (0, 1.0)
     """
     like = features[0].t() if embeddings[0] is None else embeddings[0]
+    if sampled and offsets is None:
+        offsets = torch.rand(len(target), device=features[0].device)
     num_words, step = len(like), block_positions(features[0], like, block_bytes)
     found = []
     for start in range(0, len(target), step):
