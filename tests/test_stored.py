@@ -471,7 +471,7 @@ def test_the_file_holds_the_likeliest_words_of_the_mean(corpus, teachers, taught
     assert printed["words"] == words
     assert printed["perplexity"] == pytest.approx(np.exp(nll / words), rel=1e-4)
     assert printed["right_first_choices"] == pytest.approx(right / words, abs=2 / words)
-    assert printed["mass_of_the_words"] == pytest.approx(mass / words, rel=1e-4)
+    assert printed["mass_of_the_likeliest"] == pytest.approx(mass / words, rel=1e-4)
     head = stored.file.head["teacher"]
     assert [len(checkpoint["sha256"]) for checkpoint in head["checkpoints"]] == [64, 64]
     assert head["precision"] == "float32"
@@ -495,7 +495,7 @@ def test_words_are_sampled_as_likely_as_they_are(corpus, teachers, tmp_path):
         kept += torch.zeros_like(p).scatter_add_(1, soft.ids, soft.weights.double()).sum(0)
         mass += best.values.sum().item()
     assert ((kept - total).abs() < 4 * variance.sqrt() + 2e-3 * total).all()
-    assert printed["mass_of_the_words"] == pytest.approx(mass / printed["words"], rel=1e-4)
+    assert printed["mass_of_the_likeliest"] == pytest.approx(mass / printed["words"], rel=1e-4)
     shards = [*options[:-1], "--output", tmp_path / "u", "--max-tokens", 50, "--num-shards", 2]
     for shard in (1, 0):
         skd("teach", corpus / "pair", *shards, "--shard-id", shard)
@@ -746,7 +746,9 @@ def test_blocks_of_a_language_model_and_half_precision(corpus, tmp_path):
     path = tmp_path / "t"
     checkpoint = tmp_path / "teacher" / "checkpoint_best.pt"
     options = ["--path", checkpoint, "--output", path, "--top-k", 4]
-    skd("teach", corpus / "lm", *options, "--tokens-per-sample", 10)
+    printed = skd("teach", corpus / "lm", *options, "--tokens-per-sample", 10)
+    printed = " ".join(printed.split())
+    assert "4 words of every position, 2 of them sampled, the mean of 1 model" in printed
     base = ["--arch", "transformer_lm", *TINY_LM, *STORED, path, "--task", "language_modeling"]
     output = train(
         corpus / "lm",

@@ -14,6 +14,7 @@ import typer
 from fairseq import options, tasks, utils
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Annotated
@@ -41,9 +42,12 @@ def teach(
     output_file: Annotated[Path, typer.Option("--output", help="The file to write.")],
     top_k: Annotated[int, typer.Option(help="Words kept of every position.")] = 10,
     sampled: Annotated[
-        int,
-        typer.Option(help="So many of them sampled, to stand for the words that are less likely."),
-    ] = 0,
+        Optional[int],
+        typer.Option(
+            help="So many of them sampled, to stand for the words that are less likely.",
+            show_default="half for a language model, 0 for a translation",
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="By which the teachers' logits are divided.")
     ] = 1.0,
@@ -88,6 +92,10 @@ def teach(
         _check_dictionaries(trained, first, data)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     modules = [trained.model.to(device, dtype).eval() for trained in models]
+    if sampled is None:
+        # The ten likeliest words of a translation hold 89 % of what its teachers give, of a
+        # language model 61 %: docs/results.
+        sampled = top_k // 2 if isinstance(modules[0], FairseqLanguageModel) else 0
     dataset = first.dataset(subset, training=True)
     first.task.self_kd_train_subset = subset
     try:
@@ -151,10 +159,11 @@ def teach(
     left_out = len(batches.too_long)
     rows = [{**seen.figures(), "left_out": left_out, "seconds": seconds, "words_a_second": speed}]
     left = len(writer.missing())
-    title = f"{output_file}: {top_k} words of every position, the mean of {len(models)} model(s)"
+    words = f"{top_k} words of every position" + (f", {sampled} of them sampled" if sampled else "")
+    title = f"{output_file}: {words}, the mean of {len(models)} model(s)"
     if left:
         title += f"; {left} sentences are still missing, those of other shards"
-    formats = {"perplexity": ".2f", "right_first_choices": ".4f", "mass_of_the_words": ".4f"}
+    formats = {"perplexity": ".2f", "right_first_choices": ".4f", "mass_of_the_likeliest": ".4f"}
     formats.update(seconds=".1f", words_a_second=",.0f")
     if len(missing) or as_json:
         output.show({"teacher": Titled(title, rows)}, formats, as_json, False)
@@ -163,7 +172,7 @@ def teach(
 def _check(
     data: Path,
     top_k: int,
-    sampled: int,
+    sampled: Optional[int],
     temperature: float,
     max_tokens: int,
     fp16: bool,
@@ -176,7 +185,7 @@ def _check(
     for wrong, message in (
         (top_k < 1, f"--top-k is {top_k}; allowed: 1 or more"),
         (
-            not 0 <= sampled < max(top_k, 1),
+            sampled is not None and not 0 <= sampled < max(top_k, 1),
             f"--sampled is {sampled}; allowed: 0 to {top_k - 1}, below --top-k",
         ),
         (
@@ -364,7 +373,7 @@ class Seen:
             "words": words,
             "perplexity": math.exp(min(self.nll / words, 700)) if words else None,
             "right_first_choices": self.right / words if words else None,
-            "mass_of_the_words": self.mass / words if words else None,
+            "mass_of_the_likeliest": self.mass / words if words else None,
         }
 
 
