@@ -64,10 +64,11 @@ LINES = [
     Line("quick start, language model, 7 passes", "language_models#a-small-text", "`neighbors`",
          "quickstart_lm", "self_kd"),
     Line("quick start, language model, 7 passes", "language_models#taught-by-finished-models",
-         "taught by four of its own size, ten words", "quickstart_lm_taught", "taught_by_four"),
+         "taught by four of its own size", "quickstart_lm_taught", "taught_by_four,sampled"),
     Line("the same", "language_models#taught-by-finished-models",
-         "taught by four of its own size, fifty words", "quickstart_lm_taught",
-         "taught_by_four,50_words"),
+         "taught by its own first training", "quickstart_lm_taught", "taught_by_one,sampled"),
+    Line("the same", "language_models#taught-by-finished-models",
+         "taught by four, no words sampled", "quickstart_lm_taught", "taught_by_four"),
 ]  # fmt: skip
 
 
