@@ -1,7 +1,8 @@
 """What a teacher's file costs: to write it, and to train from a large one that is on the disk.
 
-``python -m benchmarks.stored writing DATA CHECKPOINT``: words a second of ``fairseq-skd teach`` and
-of ``fairseq-validate``, which passes the same text through the same model.
+``python -m benchmarks.stored writing DATA CHECKPOINT``: words a second of ``fairseq-skd teach``,
+without and with sampled words, and of ``fairseq-validate``, which passes the same text through the
+same model.
 ``python -m benchmarks.stored reading FOLDER``: seconds an update with a file of 10 GB of which
 nothing is in memory, and with a small one.
 """
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict
 
@@ -62,10 +64,10 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
     words: Dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
 
-        def teach(text: str) -> None:
+        def teach(text: str, sampled: int = 0) -> None:
             file = Path(folder, "teacher.skd")
             file.unlink(missing_ok=True)
-            made = ("--output", file, "--subset", text, "--json")
+            made = ("--output", file, "--subset", text, "--json", "--sampled", sampled)
             printed = run("fairseq-skd", "teach", data, "--path", checkpoint, *made)
             line = next(line for line in printed.splitlines() if line.startswith('{"teacher"'))
             words[text] = json.loads(line)["teacher"][0]["words"]
@@ -75,17 +77,23 @@ def writing(data: Path, checkpoint: Path, rounds: int) -> None:
             given = ("--task", "translation", "--path", checkpoint, "--valid-subset", text)
             run("fairseq-validate", data, "--user-dir", ROOT / "fairseq_skd", *given, *like)
 
-        calls: Dict[str, Callable[[], object]] = {}
-        for name, command in (("fairseq-validate", validate), ("fairseq-skd teach", teach)):
-            for text in texts:
-                calls[f"{name}, {text}"] = lambda command=command, text=text: command(text)
+        commands: Dict[str, Callable[[str], None]] = {
+            "fairseq-validate": validate,
+            "fairseq-skd teach": teach,
+            "the same, --sampled 5": partial(teach, sampled=5),
+        }
+        calls: Dict[str, Callable[[], object]] = {
+            f"{name}, {text}": partial(command, text)
+            for name, command in commands.items()
+            for text in texts
+        }
         found = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(rounds)]
     seconds = {name: percentiles([one[name] for one in found])["median"] for name in calls}
     table = Table(title=f"{words['train']:,} words of training text, {rounds} rounds, medians")
     for heading in ("command", "seconds", "on the validation text", "words a second", "ratio"):
         table.add_column(heading, justify="left" if heading == "command" else "right")
     base, more = 0.0, words["train"] - words["valid"]
-    for name in ("fairseq-validate", "fairseq-skd teach"):
+    for name in commands:
         train, valid = (seconds[f"{name}, {text}"] for text in texts)
         if train <= valid:
             sys.exit(f"{name} takes no longer for the training text; it has to be a larger one")

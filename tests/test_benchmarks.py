@@ -69,7 +69,8 @@ def test_writing_a_teachers_file(monkeypatch, tmp_path, capsys):
 
     def run(*command):
         text = "train" if "train" in command else "valid"
-        clock[0] += 3 + (20 if text == "train" else 0) * (2 if command[0] == "fairseq-skd" else 1)
+        times = 1 + 1.5 * (5 in command) + (command[0] == "fairseq-skd")
+        clock[0] += 3 + (20 if text == "train" else 0) * times
         words = {"train": 2100, "valid": 100}[text]
         return "read\n" + json.dumps({"teacher": [{"words": words}]})
 
@@ -81,6 +82,7 @@ def test_writing_a_teachers_file(monkeypatch, tmp_path, capsys):
     assert cells(capsys.readouterr().out) == [
         ["fairseq-validate", "23.0", "3.0", "100", "1.00"],
         ["fairseq-skd teach", "43.0", "3.0", "50", "0.50"],
+        ["the same, --sampled 5", "73.0", "3.0", "29", "0.29"],
     ]
 
 
