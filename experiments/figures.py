@@ -43,6 +43,8 @@ LINES = [
     Line("Multi30k, 10,000 pairs, a quarter of the parameters",
          "translation#a-quarter-of-the-parameters",
          "taught by four full-size models", "small", "taught_by_four"),
+    Line("the same, another processor", "translation#a-quarter-of-the-parameters",
+         "taught by four full-size models", "sequence", "taught_by_four"),
     Line("the same", "translation#a-quarter-of-the-parameters", "taught by two", "small",
          "taught_by_two"),
     Line("the same, trained on translations of the four",
