@@ -115,8 +115,8 @@ def sampled_from(rest: Tensor, count: int, offsets: Tensor) -> Tuple[Tensor, Ten
     Systematic sampling: the words lie side by side, each as wide as it is likely, and one is taken
     at every `count`-th part of the whole, from an offset on. So a word is sampled as often as is
     expected or once more or less, and in a dictionary by frequency frequent and rare ones each have
-    their turn. (Cochran, "Sampling Techniques", 1977, chapter 8.) In two levels as in `largest_of`:
-    a sum over all V words a position would take longer than the models' logits.
+    their turn. (Madow, "On the Theory of Systematic Sampling, II", 1949.) In two levels as in
+    `largest_of`: sums of groups of words, and of the words of the group that is met.
 
     Parameters
     ----------
