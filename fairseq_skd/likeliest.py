@@ -133,14 +133,16 @@ def sampled_from(rest: Tensor, count: int, offsets: Tensor) -> Tuple[Tensor, Ten
         Positions x m: rows of ``rest``, ascending, and what they have of its sum. A row that is
         sampled again has all of it where it stands first, then 0.
     """
-    below_1 = 1 - 2**-20  # no rounding leads beyond the last word that has something
+    # No rounding leads to a word without a part, beyond the last one that has something or before
+    # the first: there are such words in every group, the likeliest among them.
+    below_1 = 1 - 2**-20
     groups = rest.unflatten(0, (-1, GROUP)).sum(1).t().contiguous()
     upto = groups.cumsum(1)
     mass = upto[:, -1:]
     points = (torch.arange(count, device=rest.device) + offsets.unsqueeze(1)) * (mass / count)
     points = torch.minimum(points, mass * below_1)
     group = torch.searchsorted(upto, points, right=True).clamp_(max=groups.size(1) - 1)
-    points = points - (upto - groups).gather(1, group)
+    points = (points - (upto - groups).gather(1, group)).clamp_(min=0)
     members = members_of(group)
     within = rest.t().gather(1, members).unflatten(1, (-1, GROUP)).cumsum(2)
     points = torch.minimum(points.unsqueeze(2), within[..., -1:] * below_1)

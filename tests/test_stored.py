@@ -15,7 +15,7 @@ from fairseq.data import BucketPadLengthDataset
 
 from fairseq_skd import StoredTargets, write_stored_targets
 from fairseq_skd.compatibility import text_layout
-from fairseq_skd.likeliest import likeliest_words
+from fairseq_skd.likeliest import likeliest_words, sampled_from
 from fairseq_skd.stored import TargetsWriter
 from fairseq_skd.word_file import TextLayout, WordFileError
 from tests.conftest import PLUGIN, TINY_LM, command
@@ -105,6 +105,16 @@ def test_what_is_sampled_is_on_average_what_the_models_give(k, sampled, block):
     for row in names[:: grid // 50].tolist():
         real = [word for word in row if word >= 0]
         assert len(real) == len(set(real))
+
+
+def test_points_at_the_limit_of_two_groups_are_rounded_to_no_impossible_word():
+    for groups in range(2, 40):
+        rest = torch.zeros(32 * groups, 3)
+        rest[31::32] = torch.tensor([0.1, 0.07, 1 / 3])  # the last word of each group
+        for offset in (0.0, 1.0):
+            ids, shares = sampled_from(rest, groups, torch.full((3,), offset))
+            assert rest.t().gather(1, ids)[shares > 0].min() > 0
+            torch.testing.assert_close(shares.sum(1), rest.sum(0), rtol=1e-5, atol=0)
 
 
 # ---- the file -----------------------------------------------------------------------------------
