@@ -455,7 +455,7 @@ soft_targets() {
 
 # train OPTIONS...: fairseq-train into $RUN, from its last checkpoint if there is one.
 train() {
-    local command settings
+    local command settings status
     # ve-fairseq 0.12.3 leaves out sentences when it fills batches up to a multiple of 8.
     settings=("$DATA" --user-dir "$ROOT/fairseq_skd" --save-dir "$RUN" "$@" "${CRITERION_OPTIONS[@]}"
         --seed "$SEED" --required-batch-size-multiple 1 --log-format simple)
@@ -485,7 +485,12 @@ train() {
         "process(es); log: $RUN/train.log"
     [ "$CRITERION" != self_kd ] || echo "  soft targets: $(soft_targets "${settings[@]}")"
     [ ! -f "$RUN/checkpoint_last.pt" ] || echo "  going on from $RUN/checkpoint_last.pt"
-    run "${command[@]}" 2>&1 | tee -a "$RUN/train.log"
+    run "${command[@]}" 2>&1 | tee -a "$RUN/train.log" || {
+        status=$?
+        # An option that fairseq-train does not know: the corrected command is another run.
+        [ -f "$RUN/checkpoint_last.pt" ] || rm -f "$RUN/settings"
+        exit "$status"
+    }
     if [ ! -f "$RUN/checkpoint_last.pt" ] || tail -n 20 "$RUN/train.log" | grep -q 'stop_time_hours:'; then
         say "fairseq-train has ended before the end of the training"
         return
@@ -506,14 +511,17 @@ one_process() {  # DOES [THEN]: stops under torchrun and srun
         stop "$SCRIPT $1 in one process, and several were started: start it alone${2:-}"
 }
 
-checkpoints() {  # RUN[:RUN...]: sets PATHS, for fairseq, to what teaches or translates of these runs
+# checkpoints RUN[:RUN...]: sets PATHS, for fairseq, to what teaches or translates of these runs, and
+# NAMED to what they are called together.
+checkpoints() {
     local names name checkpoint
-    PATHS=""
+    PATHS="" NAMED=""
     IFS=: read -r -a names <<< "$1"
     for name in "${names[@]}"; do
         [ -f "$OUT/$name/done" ] || stop "$OUT/$name is no finished run; train.sh of $RECIPE makes one"
         checkpoint=$OUT/$name/average.pt
-        [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt
+        NAMED=${NAMED:+$NAMED+}$name-average
+        [ -f "$checkpoint" ] || checkpoint=$OUT/$name/checkpoint_best.pt NAMED=${NAMED%-average}
         PATHS=${PATHS:+$PATHS:}$checkpoint
     done
 }

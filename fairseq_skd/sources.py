@@ -436,19 +436,25 @@ class StoredSource(_FileSource):
         if len(files) != shards:
             raise ValueError(
                 f"--self-kd-teacher names {len(files)} files, and the training data has {shards} "
-                "parts; a file for each is needed, with colons between"
+                "parts; a file for each is needed, with colons between. Several teachers go into "
+                "one file: fairseq-skd teach --path A.pt:B.pt"
             )
         layout = self.layout()
         for teacher in files:
             if teacher.belongs_to(layout):
                 self._teacher, self._data = teacher, data
                 return
-        head = files[0].file.head
+        head, words = files[0].file.head, int(layout.lengths.sum())
+        found, ours = (head["sentences"], head["positions"]), (len(layout.lengths), words)
+        differs = (
+            f"it has {found[0]} sentences of {found[1]} words, and the training text has {ours[0]} "
+            f"of {ours[1]}"
+        )
+        if found == ours:
+            differs = "it has as many sentences and words as the training text, but others"
         raise ValueError(
             f"--self-kd-teacher is {self.options.teacher}, which was made for another text, "
-            f"dictionary or length of blocks: it has {head['sentences']} sentences of "
-            f"{head['positions']} words, and the training text has {len(layout.lengths)} of "
-            f"{int(layout.lengths.sum())}. fairseq-skd teach makes one from this data"
+            f"dictionary or length of blocks: {differs}. fairseq-skd teach makes one from this data"
         )
 
     def file(self) -> WordFile:

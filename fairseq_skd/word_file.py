@@ -224,7 +224,10 @@ class WordFile:
         self.sizes = sizes = Sizes.of(self.top_k, sentences, positions)
         found = path.stat().st_size
         if found != sizes.end:
-            raise WordFileError(f"{path} has {found} bytes instead of {sizes.end}: it is cut off")
+            raise WordFileError(
+                f"{path} has {found} bytes instead of {sizes.end}: it is cut off. Remove it, and "
+                "make it anew"
+            )
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         with path.open("r+b" if writable else "rb") as file:
             self._memory = mmap.mmap(file.fileno(), 0, access=access)

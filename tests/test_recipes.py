@@ -5,6 +5,7 @@ import io
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -215,14 +216,23 @@ def test_a_student_is_taught_by_finished_runs(prepared):
     runs = "label_smoothed_cross_entropy-seed1:label_smoothed_cross_entropy-seed2"
     arguments_of_student = ["--smoke", "--out", out, "--encoder-embed-dim", 64]
     arguments_of_student += ["--decoder-embed-dim", 64]
+    wrong = [*arguments_of_student, "--teaches", "x"]
+    mistyped = script(student, "multi30k", runs, *wrong, fails=True)
+    assert "10 words of every position, the mean of 2 model(s)" in mistyped
+    assert "unrecognized arguments: --teaches x" in mistyped
     printed = script(student, "multi30k", runs, *arguments_of_student)
-    assert "10 words of every position, the mean of 2 model(s)" in printed
+    assert "is complete: nothing is left to do" in printed  # taught before the option was seen
     assert "|cand:stored|teacher:2x10@1#" in printed
     assert "soft targets: stored: what finished models give" in printed
     assert f"evaluate.sh self_kd --smoke --out {out} --name taught-seed1" in printed
     arguments = ["self_kd", "--smoke", "--out", out, "--name", "taught-seed1"]
     assert script(MULTI30K / "evaluate.sh", *arguments).count("BLEU|nrefs:1|case:lc") == 3
     assert "Taught already" in script(student, "multi30k", runs, *arguments_of_student)
+    folder = Path(f"{out}-smoke", "label_smoothed_cross_entropy-seed1")
+    shutil.copy(folder / "checkpoint_best.pt", folder / "average.pt")  # as evaluate.sh would
+    other = script(student, "multi30k", runs, *arguments_of_student, "--seed", 2)
+    assert "Taught already" not in other
+    assert (folder.parent / f"teacher-{runs.replace(':', '-average+')}.skd").exists()
     for wrong, message in (
         (
             ["multi30k", "absent", "--name", "other"],

@@ -522,7 +522,9 @@ def test_shards_write_one_file_and_a_temperature_counts(corpus, teachers, tmp_pa
     options = ["--path", teachers[0], "--output", tmp_path / "t", "--temperature", 2, "--top-k", 3]
     printed = skd("teach", corpus / "pair", *options, "--num-shards", 2, "--shard-id", 1)
     assert "80 sentences are still missing" in printed
-    assert "80 of 160 sentences are missing" in skd("teach", corpus / "pair", *options)
+    printed = skd("teach", corpus / "pair", *options)
+    assert "80 of 160 sentences are missing" in printed
+    assert "of the 80 sentences that this command wrote" in " ".join(printed.split())
     stored = StoredTargets(tmp_path / "t")
     assert stored.file.damaged() == []
     expected, _ = dense(teachers[:1], corpus, 2.0)
@@ -624,6 +626,10 @@ def test_teach_refuses_what_cannot_work(corpus, teachers, tmp_path):
         (["--left-pad-target", "True"], "--left-pad-target is on"),
     ):
         assert expected in message(*options)
+    message_of_a_folder = refused(
+        "teach", corpus / "pair", "--path", teachers[0], "--output", tmp_path
+    )
+    assert f"--output is {tmp_path}, a folder; allowed: a file" in message_of_a_folder
     assert "in shards: one file for each" in message(data=f"{corpus / 'pair'}:{corpus / 'pair'}")
     assert "there is no such file" in message(path=tmp_path / "absent.pt")
     assert not (tmp_path / "t").exists()
@@ -640,6 +646,21 @@ def test_dictionaries_must_be_the_same(corpus, teachers, tmp_path):
     words = [line.split()[0] for line in lines]
     message = refused("teach", other, "--path", teachers[0], "--output", tmp_path / "t")
     assert f"word 7 is {words[4]!r} in one and {words[3]!r} in the other" in message
+
+
+def test_what_may_be_a_mistake_is_said(corpus, teachers, tmp_path):
+    elsewhere = torch.load(teachers[0], weights_only=False)
+    elsewhere["cfg"]["task"]["data"] = "absent"
+    torch.save(elsewhere, tmp_path / "elsewhere.pt")
+    path = f"{tmp_path / 'elsewhere.pt'}:{tmp_path / 'elsewhere.pt'}"
+    options = ["--path", path, "--output", tmp_path / "t", "--temperature", 0.01]
+    printed = " ".join(skd("teach", corpus / "pair", *options).split())
+    assert "elsewhere.pt was trained with absent, which is not here: its dictionary is" in printed
+    assert "names a model twice: it counts twice" in printed
+    assert "less likely than words at random would be (perplexity above 48)" in printed
+    usual = skd("teach", corpus / "pair", "--path", teachers[0], "--output", tmp_path / "u")
+    for said in ("is not here", "twice", "at random"):
+        assert said not in usual
 
 
 def test_it_is_the_same_teacher_under_another_name_and_damage_is_mended(corpus, teachers, tmp_path):
@@ -715,11 +736,12 @@ def test_commands_look_into_a_student(corpus, taught, tmp_path):
 
 def test_explain_shows_the_teachers_words(corpus, teachers, taught):
     arguments = ["explain", teachers[0], corpus / "pair", "--candidates", "stored", "--teacher"]
-    found = machine(*arguments, taught[0], "--text", "train", "--sentence", 3)["positions"]
+    found = machine(*arguments, taught[0], "--sentence", 3)["positions"]  # of the training text
     soft = StoredTargets(taught[0]).read([3], len(found))
     first = [float(row["soft_target"].split(",")[0].split()[1]) for row in found]
     assert first == pytest.approx(soft.weights.max(1).values.tolist(), abs=6e-3)
-    assert "does not hold the words of 'valid'" in refused(*arguments, taught[0])
+    other = refused(*arguments, taught[0], "--text", "valid")
+    assert "does not hold the words of 'valid'" in other
 
 
 def test_a_training_resumes_bit_by_bit_and_two_share_a_file(corpus, taught, tmp_path):

@@ -29,7 +29,13 @@ def explain(
     sentence: Annotated[
         int, typer.Option(help="Its number in the text, from 0 (a block of a language model).")
     ] = 0,
-    text: Annotated[str, typer.Option(help="train, valid, test, ... of the data.")] = "valid",
+    text: Annotated[
+        Optional[str],
+        typer.Option(
+            help="train, valid, test, ... of the data.",
+            show_default="valid, with stored train",
+        ),
+    ] = None,
     shown: Annotated[int, typer.Option(help="Words shown of a distribution.")] = 3,
     candidates: Annotated[
         Optional[str], typer.Option(help="neighbors, prediction, both, past or stored.")
@@ -73,6 +79,8 @@ def explain(
         sigma_scale=sigma_scale,
         max_mass=max_mass,
     )
+    if text is None:
+        text = "train" if settings.candidates == "stored" else "valid"
     rows, about = positions(trained, settings, text, sentence, shown)
     weight = settings.weight
     title = (

@@ -80,7 +80,19 @@ def teach(
 
       fairseq-skd teach data-bin --path one/checkpoint_best.pt:two/checkpoint_best.pt --output t.skd
     """
-    _check(data, top_k, sampled, temperature, max_tokens, fp16, bf16, cpu, num_shards, shard_id)
+    _check(
+        data,
+        output_file,
+        top_k,
+        sampled,
+        temperature,
+        max_tokens,
+        fp16,
+        bf16,
+        cpu,
+        num_shards,
+        shard_id,
+    )
     checkpoints = [Path(name) for name in path.split(":")]
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
     own = _overrides(context.args)
@@ -110,6 +122,8 @@ def teach(
     with waiting("reading the checkpoints' checksums"):
         named = zip(output.labels(checkpoints), checkpoints)
         described = [{"file": name, "sha256": _sha256(one)} for name, one in named]
+    if len({one["sha256"] for one in described}) < len(described):
+        note(f"--path is {path}, which names a model twice: it counts twice")
     teacher = {
         "checkpoints": described,
         "temperature": temperature,
@@ -158,19 +172,28 @@ def teach(
     speed = seen.words / max(seconds, 1e-9)
     left_out = len(batches.too_long)
     rows = [{**seen.figures(), "left_out": left_out, "seconds": seconds, "words_a_second": speed}]
-    left = len(writer.missing())
+    left, done = len(writer.missing()), len(layout.lengths) - len(mine)
     words = f"{top_k} words of every position" + (f", {sampled} of them sampled" if sampled else "")
     title = f"{output_file}: {words}, the mean of {len(models)} model(s)"
+    if len(mine) and done:
+        title += f"; of the {len(mine)} sentences that this command wrote"
     if left:
         title += f"; {left} sentences are still missing, those of other shards"
     formats = {"perplexity": ".2f", "right_first_choices": ".4f", "mass_of_the_likeliest": ".4f"}
     formats.update(seconds=".1f", words_a_second=",.0f")
+    num_words = len(first.task.target_dictionary)
+    if seen.words and seen.nll / seen.words > math.log(num_words):
+        note(
+            f"the teacher finds this text less likely than words at random would be (perplexity "
+            f"above {num_words:,}): is it the data, or the dictionary, that it was trained with?"
+        )
     if len(missing) or as_json:
         output.show({"teacher": Titled(title, rows)}, formats, as_json, False)
 
 
 def _check(
     data: Path,
+    output_file: Path,
     top_k: int,
     sampled: Optional[int],
     temperature: float,
@@ -183,6 +206,7 @@ def _check(
 ) -> None:
     """Refuse what cannot be meant before anything is loaded."""
     for wrong, message in (
+        (output_file.is_dir(), f"--output is {output_file}, a folder; allowed: a file"),
         (top_k < 1, f"--top-k is {top_k}; allowed: 1 or more"),
         (
             sampled is not None and not 0 <= sampled < max(top_k, 1),
@@ -275,6 +299,11 @@ def _task(name: str, data: Path, arguments: Sequence[str]) -> Any:
 def _check_dictionaries(trained: Trained, first: Trained, data: Path) -> None:
     """Refuse a model whose words are others, or stand in another order."""
     folder = data_of(read_checkpoint(trained.path, mmap=True))
+    if folder is not None and not folder.is_dir():
+        note(
+            f"{trained.path} was trained with {folder}, which is not here: its dictionary is taken "
+            f"to be that of {data}"
+        )
     if folder is not None and folder.resolve() != data.resolve() and folder.is_dir():
         for file in sorted(data.glob("dict*.txt")):
             if (folder / file.name).is_file():

@@ -24,12 +24,14 @@ OFFERED="--joined-dictionary --big"
 train_options self_kd "$@"
 need fairseq-skd
 one_process "teaches" "; then  train.sh self_kd --self-kd-candidates stored --self-kd-teacher FILE  in all"
-TEACHER=$OUT/teacher-$(printf '%s' "$RUNS" | tr ':' '+').skd
 [ -n "$NAME" ] || RUN=$OUT/taught-seed$SEED
 if [ -f "$RUN/settings" ]; then
+    TEACHER=$(grep -x -A1 -e --self-kd-teacher "$RUN/settings" | sed -n 2p) ||
+        stop "$RUN is a training without a teacher; --name NAME takes another folder"
     say "Taught already, from $TEACHER: the student goes on"
 else
     checkpoints "$RUNS"
+    TEACHER=$OUT/teacher-$NAMED.skd
     say "Teaching: what $RUNS give(s) to every word of the training text"
     run fairseq-skd teach "$DATA" --path "$PATHS" --output "$TEACHER"
 fi
