@@ -40,6 +40,8 @@ QUICK = "quickstart_translation"
 LINES = [
     Line("Multi30k, 10,000 pairs", "translation#the-same-size",
          "taught by four of its own size", "same_size", "taught_by_four"),
+    Line("the same", "translation#the-second-generation", "taught by its own first training",
+         "generations", "taught_by_one"),
     Line("Multi30k, 10,000 pairs, a quarter of the parameters",
          "translation#a-quarter-of-the-parameters",
          "taught by four full-size models", "small", "taught_by_four"),
