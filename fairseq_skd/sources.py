@@ -447,11 +447,11 @@ class StoredSource(_FileSource):
         head, words = files[0].file.head, int(layout.lengths.sum())
         found, ours = (head["sentences"], head["positions"]), (len(layout.lengths), words)
         differs = (
-            f"it has {found[0]} sentences of {found[1]} words, and the training text has {ours[0]} "
-            f"of {ours[1]}"
+            "it has as many sentences and words as the training text, but others"
+            if found == ours
+            else f"it has {found[0]} sentences of {found[1]} words, and the training text has "
+            f"{ours[0]} of {ours[1]}"
         )
-        if found == ours:
-            differs = "it has as many sentences and words as the training text, but others"
         raise ValueError(
             f"--self-kd-teacher is {self.options.teacher}, which was made for another text, "
             f"dictionary or length of blocks: {differs}. fairseq-skd teach makes one from this data"

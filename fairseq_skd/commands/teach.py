@@ -304,7 +304,7 @@ def _check_dictionaries(trained: Trained, first: Trained, data: Path) -> None:
             f"{trained.path} was trained with {folder}, which is not here: its dictionary is taken "
             f"to be that of {data}"
         )
-    if folder is not None and folder.resolve() != data.resolve() and folder.is_dir():
+    elif folder is not None and folder.resolve() != data.resolve():
         for file in sorted(data.glob("dict*.txt")):
             if (folder / file.name).is_file():
                 its, ours = (Dictionary.load(str(f)).symbols for f in (folder / file.name, file))
@@ -426,9 +426,11 @@ def _write(
             features.append(x)
             embeddings.append(embedding)
     flat = target.reshape(-1)
-    places = np.zeros(shape, np.int64)
-    places[: len(sentences)] = writer.file.records(sentences, shape[1]).rows
-    offsets = torch.from_numpy(_spread(places.reshape(-1))).to(flat.device)
+    offsets = None
+    if sampled:
+        places = np.zeros(shape, np.int64)
+        places[: len(sentences)] = writer.file.records(sentences, shape[1]).rows
+        offsets = torch.from_numpy(_spread(places.reshape(-1))).to(flat.device)
     found = likeliest_words(
         features, embeddings, flat, top_k, temperature, sampled=sampled, offsets=offsets
     )
