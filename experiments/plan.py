@@ -131,14 +131,21 @@ def read(path: Path, out: Path) -> List[Run]:
     Raises
     ------
     PlanError
-        If a name is not declared.
+        If a name is not declared, or two tasks of an experiment share one of an arm.
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
-    runs = []
+    runs: List[Run] = []
     for experiment in declared["experiments"]:
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
                 run = _run(path, declared, out, experiment["task"], arm, seed, experiment["name"])
+                for other in runs:  # its figures would be the mean of both
+                    same = (other.experiment, other.arm) == (run.experiment, arm)
+                    if same and other.task != run.task:
+                        raise PlanError(
+                            f"{path}: the experiment {run.experiment} has an arm {arm} of "
+                            f"{other.task} and one of {run.task}; give them names of their own"
+                        )
                 runs.append(run)
     return runs
 

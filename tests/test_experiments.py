@@ -358,6 +358,11 @@ def test_what_is_not_declared_or_prepared_is_refused(toy, tmp_path):
     OmegaConf.save(other, tmp_path / "plan.yaml")
     printed, _ = toy(status=1)
     assert "the teachers of third have other data than strange" in printed
+    other = json.loads(json.dumps(PLAN))
+    other["experiments"][2]["name"] = "first"
+    OmegaConf.save(other, tmp_path / "plan.yaml")
+    printed, _ = toy(status=1)
+    assert "the experiment first has an arm taught of toy and one of translated" in printed
 
 
 def test_the_plan_of_the_project_is_valid():
