@@ -40,8 +40,11 @@ QUICK = "quickstart_translation"
 LINES = [
     Line("Multi30k, 10,000 pairs", "translation#the-same-size",
          "taught by four of its own size", "same_size", "taught_by_four"),
+    Line("the same", "translation#the-same-size", "taught by two", "generations", "taught_by_two"),
     Line("the same", "translation#the-second-generation", "taught by its own first training",
          "generations", "taught_by_one"),
+    Line("the same", "translation#the-second-generation", "third generation, taught by that",
+         "generations", "third_generation"),
     Line("the same", "translation#training-twice-as-long", "not taught, but trained twice as long",
          "longer", "label_smoothing,longer"),
     Line("Multi30k, 10,000 pairs, a quarter of the parameters",
