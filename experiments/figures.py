@@ -54,6 +54,8 @@ LINES = [
          "taught_by_two"),
     Line("the same, another processor", "translation#a-quarter-of-the-parameters",
          "taught by four full-size models", "sequence", "taught_by_four"),
+    Line("the same", "translation#the-second-generation", "taught by its own first training",
+         "past_teacher", "taught_by_a_small_one"),
     Line("the same, twice as many updates, with and without", "translation#training-twice-as-long",
          "taught by four full-size models", "small_longer", "taught_by_four,longer",
          "label_smoothing,longer"),
