@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from omegaconf import OmegaConf
 
@@ -134,18 +134,18 @@ def read(path: Path, out: Path) -> List[Run]:
         If a name is not declared, or two tasks of an experiment share one of an arm.
     """
     declared: Any = OmegaConf.to_container(OmegaConf.load(path))
-    runs: List[Run] = []
+    runs = []
+    tasks: Dict[Tuple[str, str], str] = {}
     for experiment in declared["experiments"]:
         for seed in experiment["seeds"]:
             for arm in experiment["arms"]:
                 run = _run(path, declared, out, experiment["task"], arm, seed, experiment["name"])
-                for other in runs:  # its figures would be the mean of both
-                    same = (other.experiment, other.arm) == (run.experiment, arm)
-                    if same and other.task != run.task:
-                        raise PlanError(
-                            f"{path}: the experiment {run.experiment} has an arm {arm} of "
-                            f"{other.task} and one of {run.task}; give them names of their own"
-                        )
+                other = tasks.setdefault((run.experiment, arm), run.task)
+                if other != run.task:  # its figures would be the mean of both
+                    raise PlanError(
+                        f"{path}: the experiment {run.experiment} has an arm {arm} of {other} and "
+                        f"one of {run.task}; give them names of their own"
+                    )
                 runs.append(run)
     return runs
 
