@@ -82,6 +82,7 @@ class Runner:
         )
         self.processes: Set[subprocess.Popen[bytes]] = set()
         self.stopped = False
+        self.failure = ""  # what failed first; what is stopped because of it fails as well
         # Two arms may have one teacher, and two experiments one run: one at a time works on it.
         self.locks: Dict[Path, threading.Lock] = {}
         self.lock = threading.Lock()
@@ -97,8 +98,8 @@ class Runner:
                     future.result()
             except KeyboardInterrupt:
                 return "\nInterrupted. The same command goes on from here."
-            except RunError as error:
-                return f"python -m experiments: {error}"
+            except RunError:
+                return f"python -m experiments: {self.failure}"
             finally:
                 self._stop()
         return ""
@@ -136,7 +137,7 @@ class Runner:
         with output.open(mode) as file:
             with self.lock:
                 if self.stopped:
-                    raise RunError("stopped, since something else has failed")
+                    raise RunError
                 print(f"  $ {shlex.join(command)}".replace(f"{ROOT}/", ""), flush=True)
                 process = subprocess.Popen(
                     command,
@@ -150,9 +151,13 @@ class Runner:
             status = process.wait()
             with self.lock:
                 self.processes.remove(process)
+                if status != 0 and not self.stopped:
+                    # Here, and not when `run` hears of it: by then the next one would have begun.
+                    self.stopped = True
+                    tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
+                    self.failure = f"{shlex.join(command)} failed; the end of {output}:\n{tail}"
         if status != 0:
-            tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
-            raise RunError(f"{shlex.join(command)} failed; the end of {output}:\n{tail}")
+            raise RunError
 
     def _stop(self) -> None:
         with self.lock:
@@ -163,7 +168,7 @@ class Runner:
 
 
 class RunError(Exception):
-    """A command has failed; the message holds the end of its output."""
+    """A command has failed, or was stopped since another one has (``Runner.failure``)."""
 
 
 if __name__ == "__main__":
