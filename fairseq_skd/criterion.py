@@ -20,6 +20,7 @@ from typing import (
     Union,
 )
 
+import torch
 from fairseq import metrics
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -482,8 +483,10 @@ class SelfKDCriterion(LabelSmoothedCrossEntropyCriterion):
         if not isinstance(sample, dict) or "id" not in sample:
             return None
         sentences = sample["id"].cpu().numpy()
-        words = sample["target"][: len(sentences)].ne(self.padding_idx).sum(1)
-        return Text(sentences, words.cpu().numpy())
+        real = sample["target"][: len(sentences)].ne(self.padding_idx)
+        # Up to the last one that is no padding: a text may hold the word "<pad>".
+        places = torch.arange(1, real.size(1) + 1, device=real.device)
+        return Text(sentences, (real * places).amax(1).cpu().numpy())
 
     def _host(self) -> Host:
         """Return what sources may ask of fairseq."""

@@ -60,7 +60,7 @@ def likeliest_words(
         Of each model, the output projection W, V x d, of the features' dtype and device. None: the
         features are its logits, N x V.
     target : Tensor
-        int64, N.
+        int64, N. At padding any other number, such as -100; ``of_target`` says nothing there.
     top_k : int
         k, 1 to V.
     temperature : float
@@ -72,6 +72,11 @@ def likeliest_words(
     offsets : Tensor, optional
         Floating point, N, 0 to 1: to sample with, evenly spread. Default: random numbers.
 
+    Raises
+    ------
+    ValueError
+        If ``top_k`` or ``sampled`` is out of its range.
+
     Examples
     --------
     >>> logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
@@ -81,9 +86,15 @@ def likeliest_words(
     (0, 1.0)
     """
     like = features[0].t() if embeddings[0] is None else embeddings[0]
+    num_words = len(like)
+    if not 1 <= top_k <= num_words:
+        raise ValueError(f"top_k is {top_k}; allowed: 1 to {num_words}, the words there are")
+    if not 0 <= sampled < top_k:
+        raise ValueError(f"sampled is {sampled}; allowed: 0 to {top_k - 1}, below top_k")
+    target = target.clamp(0, num_words - 1)
     if sampled and offsets is None:
         offsets = torch.rand(len(target), device=features[0].device)
-    num_words, step = len(like), block_positions(features[0], like, block_bytes)
+    step = block_positions(features[0], like, block_bytes)
     found = []
     for start in range(0, len(target), step):
         part = slice(start, start + step)

@@ -79,6 +79,9 @@ class StoredTargets:
     def __len__(self) -> int:
         return len(self.file.marks)
 
+    def __reduce__(self) -> Tuple[Any, ...]:  # to a process that loads data: it opens the file
+        return StoredTargets, (self.file.path,)
+
     @property
     def top_k(self) -> int:
         """Words of a position."""
@@ -198,7 +201,8 @@ class TargetsWriter:
             if not np.isfinite(all_probabilities[i, :length]).all():
                 raise WordFileError(
                     f"a teacher gives sentence {sentence} probabilities that are not finite; in "
-                    "float16 its numbers may be too large: leave --fp16 out, or use --bf16"
+                    "float16 its numbers may be too large: leave --fp16 out, or use --bf16, with "
+                    f"another --output or without {self.file.path}"
                 )
             words = pack(all_ids[i, :length], all_probabilities[i, :length])
             start = self.file.sizes.words + int(self.file.starts[sentence]) * words.itemsize

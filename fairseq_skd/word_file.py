@@ -15,6 +15,8 @@ costs a few pages a sentence.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import mmap
 import os
@@ -22,7 +24,7 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -135,7 +137,8 @@ def make(path: Path, head: Dict[str, Any], lengths: np.ndarray, advice: str) -> 
     """Make a file in which nothing is written yet, whole or not at all.
 
     If another process, also of another machine, makes it at the same time, its file stays (on a
-    file system without links unless both come within the same moment).
+    file system without links unless both come within the same moment). Those of one machine wait
+    for each other: together they would reserve the room of as many files.
 
     Parameters
     ----------
@@ -161,31 +164,51 @@ def make(path: Path, head: Dict[str, Any], lengths: np.ndarray, advice: str) -> 
     sentences, positions, top_k = len(lengths), int(lengths.sum()), head["top_k"]
     sizes = Sizes.of(top_k, sentences, positions)
     path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
     needed = f"{sizes.end / 1e9:.2f} GB ({sentences} sentences, k = {top_k})"
-    if sizes.end > free:
-        raise WordFileError(
+    with _one_at_a_time(path.parent):
+        if path.exists():
+            return f"{path} was made by another process meanwhile"
+        free = shutil.disk_usage(path.parent).free
+        too_small = WordFileError(
             f"{path} needs {needed}, and {path.parent} has {free / 1e9:.2f} GB free; {advice}"
         )
-    handle, partial = tempfile.mkstemp(".partial", f"{path.name}.", path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write_head(file, {**head, "sentences": sentences, "positions": positions})
-            os.posix_fallocate(file.fileno(), 0, sizes.end)
-            file.seek(sizes.starts)
-            file.write(np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes())
-        os.chmod(partial, 0o644)
+        if sizes.end > free:
+            raise too_small
+        handle, partial = tempfile.mkstemp(".partial", f"{path.name}.", path.parent)
         try:
-            os.link(partial, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links; somebody else's may be there meanwhile
-            if not path.exists():
-                os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+            with os.fdopen(handle, "wb") as file:
+                write_head(file, {**head, "sentences": sentences, "positions": positions})
+                os.posix_fallocate(file.fileno(), 0, sizes.end)
+                file.seek(sizes.starts)
+                file.write(np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes())
+            os.chmod(partial, 0o644)
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links; somebody else's may be there meanwhile
+                if not path.exists():
+                    os.replace(partial, path)
+        except OSError as error:  # others filled the disk meanwhile, or a quota is smaller
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise too_small from error
+            raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
     return f"{path} made for {needed}; {free / 1e9:.1f} GB were free"
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for the other processes that make a file in a folder, where the file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # over a network folders have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 class WordFile:
@@ -246,14 +269,23 @@ class WordFile:
 
     def damaged(self) -> List[int]:
         """Return the sentences whose mark is not their checksum, but for those without a mark."""
-        self._memory.madvise(mmap.MADV_SEQUENTIAL)
-        wrong = [
+        return [
             i
-            for i, (begin, end) in enumerate(zip(self.starts, self.starts[1:]))
+            for i, (begin, end) in enumerate(self._ranges())
             if self.marks[i] not in (0, checksum(self.words[begin:end]))
         ]
+
+    def empty(self) -> np.ndarray:
+        """Return the sentences that are written and have no words: nothing is taught there."""
+        given = (self.words[begin:end]["probabilities"] for begin, end in self._ranges())
+        none = np.fromiter((not one.any() for one in given), bool, len(self.marks))
+        return np.flatnonzero(none & (self.marks != 0))
+
+    def _ranges(self) -> Iterator[Tuple[int, int]]:
+        """Yield where the records of each sentence begin and end, to read all of the file."""
+        self._memory.madvise(mmap.MADV_SEQUENTIAL)
+        yield from zip(self.starts, self.starts[1:])
         self._memory.madvise(mmap.MADV_RANDOM)
-        return wrong
 
     def expect(self, sentences: np.ndarray) -> None:
         """Let the system read what a batch will ask for, all at once and meanwhile."""

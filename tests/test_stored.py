@@ -1,7 +1,11 @@
 """What finished models teach: the file, the command that fills it, and trainings that read it."""
 
+import concurrent.futures
+import errno
+import fcntl
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -17,7 +21,7 @@ from fairseq_skd import StoredTargets, write_stored_targets
 from fairseq_skd.compatibility import text_layout
 from fairseq_skd.likeliest import likeliest_words, sampled_from
 from fairseq_skd.stored import TargetsWriter
-from fairseq_skd.word_file import TextLayout, WordFileError
+from fairseq_skd.word_file import TextLayout, WordFileError, make
 from tests.conftest import PLUGIN, TINY_LM, command
 from tests.test_command_line import assert_equal_weights, in_processes, in_shards, logged, train
 from tests.test_commands import machine, refused, skd
@@ -75,6 +79,23 @@ def test_the_mean_of_models_of_different_width(words, positions, k, block, tempe
         found.of_target.double(), mean.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=1e-8
     )
     assert found.ids.shape == (positions, k)
+
+
+def test_padding_has_words_and_wrong_numbers_are_refused():
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([3, -100, 6, 10**6])
+    found = likeliest_words([logits], [None], target, 2)
+    assert found.ids.equal(logits.topk(2, 1).indices)
+    expected = logits.softmax(1).gather(1, target.clamp(0, 6)[:, None])[:, 0]
+    torch.testing.assert_close(found.of_target, expected)
+    for numbers, message in (
+        ({"top_k": 0}, "top_k is 0; allowed: 1 to 7"),
+        ({"top_k": 8}, "top_k is 8; allowed: 1 to 7"),
+        ({"top_k": 2, "sampled": 2}, "sampled is 2; allowed: 0 to 1, below top_k"),
+        ({"top_k": 2, "sampled": -1}, "sampled is -1; allowed: 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            likeliest_words([logits], [None], target, **numbers)
 
 
 @pytest.mark.parametrize(("k", "sampled"), [(2, 1), (10, 5), (16, 14), (70, 3)])
@@ -198,6 +219,44 @@ def test_files_that_cannot_be_used(tmp_path):
     assert os.listdir(tmp_path) == ["t"]
 
 
+def test_those_that_make_a_file_together_reserve_its_room_once(tmp_path, monkeypatch):
+    reserved, reserve = [], os.posix_fallocate
+
+    def slow(*arguments):
+        reserved.append(arguments)
+        time.sleep(0.3)  # in which the others come
+        reserve(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        made = [
+            pool.submit(make, tmp_path / "t", {"top_k": 3}, np.array([2, 1]), "") for _ in range(4)
+        ]
+    said = sorted(one.result() for one in made)
+    assert len(reserved) == 1
+    assert "made for 0.00 GB (2 sentences, k = 3)" in said[0]
+    assert all("was made by another process" in line for line in said[1:])
+    assert os.listdir(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_meanwhile_or_has_a_quota(tmp_path, monkeypatch, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WordFileError, match=r"needs 0.00 GB .*--output takes another place"):
+        TargetsWriter(tmp_path / "t", {"top_k": 3}, TextLayout(np.array([2]), "x"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_loads_data_opens_the_file_itself(tmp_path):
+    write_stored_targets(tmp_path / "t", [rows(5), rows(2)])
+    stored = StoredTargets(tmp_path / "t")
+    there = pickle.loads(pickle.dumps(stored))
+    assert there.read([1], 2).ids.equal(stored.read([1], 2).ids)
+
+
 def test_a_damaged_file_is_found_out(tmp_path):
     path = tmp_path / "t"
     write_stored_targets(path, [rows(5), rows(2), rows(7)])
@@ -208,15 +267,19 @@ def test_a_damaged_file_is_found_out(tmp_path):
         file.seek(offset)
         file.write(b"\x2a")
     assert StoredTargets(path).file.damaged() == [1]
-    assert "is damaged: 1 sentences are not what was written, the first one is 1" in refused(
-        "doctor", path
-    )
+    expected = "is damaged: 1 sentences are not what was written, the first one is 1. Write it anew"
+    assert expected in refused("doctor", path)
 
 
 def test_two_that_make_one_file_at_once_share_it(tmp_path, monkeypatch):
-    """The second one finds the file of the first one when it has made its own."""
+    """The second one finds the file of the first one when it has made its own, without locks."""
     layout = TextLayout(np.array([2, 3]), "a text")
     real, first = os.link, []
+
+    def no_locks(*_):
+        raise OSError(errno.EBADF, "a folder over a network")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
 
     def late(source, place):
         if not first:
@@ -365,6 +428,21 @@ def test_another_text_than_the_file_says(build, tmp_path):
     longer = torch.cat([sample["target"][:, :1], sample["target"]], 1)
     with pytest.raises(WordFileError, match=r"sentence \d+ has \d+ words in a batch and \d+ in"):
         built.criterion.begin_update(0, [{**sample, "target": longer}])
+
+
+def test_the_word_pad_within_a_sentence(build, train_step, tmp_path):
+    """fairseq reads it as padding, which trains nothing; the sentence is as long as it was."""
+    sentences = made_for(build(*MODELS["transformer"], *SELF_KD).task, tmp_path / "t")
+    built = build(*MODELS["transformer"], *STORED, tmp_path / "t", *NOW)
+    sample = built.samples[0]
+    target = sample["target"].clone()
+    target[:, 1] = built.task.target_dictionary.pad()
+    sample = {**sample, "target": target}
+    loss, kd, gradients = by_definition(built, sample, sentences, 0.3)
+    ours = train_step(built, sample)
+    assert ours.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert ours.log["self_kd_loss"].item() == pytest.approx(kd, rel=1e-5)
+    assert_same_gradients(ours.gradients, gradients)
 
 
 @pytest.mark.parametrize(
@@ -605,6 +683,27 @@ def test_sentences_that_are_too_long_for_a_teacher_get_nothing(corpus, tmp_path)
     for i in (np.flatnonzero(too_long)[0], np.flatnonzero(~too_long)[0]):
         share = stored.read([i], int(lengths[i])).share
         assert share.tolist() == [float(not too_long[i])] * int(lengths[i])
+    rows = {row["what"]: row["found"] for row in machine("doctor", path)["file"]}
+    assert rows["sentences without words"] == str(count)
+    again = skd("teach", corpus / "pair", "--path", checkpoint, "--output", path)
+    assert f"{count} sentences in it were longer than a teacher read" in again
+    # One that is missing again is the only one of the text for this command, or of its shard.
+    one = np.flatnonzero(too_long)[0]
+    with path.open("r+b") as file:
+        file.seek(stored.file.sizes.marks + 4 * int(one))
+        file.write(bytes(4))
+    shard = ["--num-shards", 160, "--shard-id", one]
+    skd("teach", corpus / "pair", "--path", checkpoint, "--output", path, *shard)
+    assert StoredTargets(path).file.empty().tolist() == np.flatnonzero(too_long).tolist()
+
+
+def test_a_text_that_is_too_long_leaves_no_file(corpus, teachers, tmp_path):
+    limit = ["--max-target-positions", 1]
+    message = refused(
+        "teach", corpus / "pair", "--path", teachers[0], "--output", tmp_path / "t", *limit
+    )
+    assert "all sentences are longer than a teacher reads ((1024, 1) positions)" in message
+    assert os.listdir(tmp_path) == []
 
 
 def test_teach_refuses_what_cannot_work(corpus, teachers, tmp_path):
@@ -645,7 +744,34 @@ def test_dictionaries_must_be_the_same(corpus, teachers, tmp_path):
     (other / "dict.tgt.txt").write_text("\n".join(lines) + "\n")
     words = [line.split()[0] for line in lines]
     message = refused("teach", other, "--path", teachers[0], "--output", tmp_path / "t")
-    assert f"word 7 is {words[4]!r} in one and {words[3]!r} in the other" in message
+    expected = f"word 7 is {words[4]!r} in one and {words[3]!r} in the other"
+    assert expected in message
+
+
+def test_data_that_a_checkpoint_names_from_elsewhere(corpus, teachers, tmp_path):
+    """A path relative to where the training began; from here it is the data itself."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for project in (ours, theirs):
+        (project / "run").mkdir(parents=True)
+        (project / "data-bin").symlink_to(corpus / "pair")
+    checkpoint = torch.load(teachers[0], weights_only=False)
+    checkpoint["cfg"]["task"]["data"] = "data-bin"
+    torch.save(checkpoint, theirs / "run" / "best.pt")
+
+    def teach(name, status=0):
+        command_line = "teach", "data-bin", "--path", name, "--output", tmp_path / f"{status}.skd"
+        return command("fairseq-skd", *command_line, cwd=ours, status=status)
+
+    not_found = "was trained with data-bin, which was not found: its dictionary is taken to be that"
+    assert not_found not in teach(theirs / "run" / "best.pt")
+    (theirs / "data-bin").unlink()
+    (theirs / "data-bin").mkdir()
+    other_order = sorted((corpus / "pair" / "dict.tgt.txt").read_text().splitlines())
+    (theirs / "data-bin" / "dict.tgt.txt").write_text("\n".join(other_order) + "\n")
+    assert "have different dictionaries: word" in teach(theirs / "run" / "best.pt", status=2)
+    (theirs / "run" / "best.pt").rename(tmp_path / "best.pt")
+    (tmp_path / "0.skd").unlink()
+    assert not_found in teach(tmp_path / "best.pt")
 
 
 def test_what_may_be_a_mistake_is_said(corpus, teachers, tmp_path):
@@ -655,11 +781,11 @@ def test_what_may_be_a_mistake_is_said(corpus, teachers, tmp_path):
     path = f"{tmp_path / 'elsewhere.pt'}:{tmp_path / 'elsewhere.pt'}"
     options = ["--path", path, "--output", tmp_path / "t", "--temperature", 0.01]
     printed = " ".join(skd("teach", corpus / "pair", *options).split())
-    assert "elsewhere.pt was trained with absent, which is not here: its dictionary is" in printed
+    assert "was trained with absent, which was not found: its dictionary is taken" in printed
     assert "names a model twice: it counts twice" in printed
     assert "less likely than words at random would be (perplexity above 48)" in printed
     usual = skd("teach", corpus / "pair", "--path", teachers[0], "--output", tmp_path / "u")
-    for said in ("is not here", "twice", "at random"):
+    for said in ("was not found", "twice", "at random"):
         assert said not in usual
 
 

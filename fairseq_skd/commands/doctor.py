@@ -105,12 +105,17 @@ def _look_into(path: Path, as_json: bool, as_csv: bool) -> None:
             stored = StoredTargets(path)
             rows.append({"what": "fingerprint", "found": stored.fingerprint})
             with waiting("reading all of it"):
-                damaged = stored.file.damaged()
+                damaged, empty = stored.file.damaged(), stored.file.empty()
             if damaged:
+                # `write_stored_targets` knows no text.
+                mends = "Write it anew"
+                if head["text"] is not None:
+                    mends = "The same fairseq-skd teach command mends it"
                 flaw = (
                     f"{path} is damaged: {len(damaged)} sentences are not what was written, the "
-                    f"first one is {damaged[0]}. The same fairseq-skd teach command mends it"
+                    f"first one is {damaged[0]}. {mends}"
                 )
+            rows.append({"what": "sentences without words", "found": f"{len(empty):,}"})
         rows.append({"what": "whole", "found": "no" if flaw else "yes"})
     output.show({"file": Titled(str(path), rows)}, {}, as_json, as_csv)
     if flaw:

@@ -119,6 +119,12 @@ def teach(
             f"--top-k is {top_k}; allowed: 1 to {len(first.task.target_dictionary)}, the words of "
             "the dictionary"
         )
+    limits = utils.resolve_max_positions(
+        first.task.max_positions(), *(module.max_positions() for module in modules)
+    )
+    everything = np.arange(len(dataset))
+    if len(dataset) and not len(dataset.filter_indices_by_size(everything, limits)[0]):
+        raise CommandError(f"all sentences are longer than a teacher reads ({limits} positions)")
     with waiting("reading the checkpoints' checksums"):
         named = zip(output.labels(checkpoints), checkpoints)
         described = [{"file": name, "sha256": _sha256(one)} for name, one in named]
@@ -142,14 +148,14 @@ def teach(
     mine = missing[missing * num_shards // max(len(layout.lengths), 1) == shard_id]
     if not len(missing):
         note(f"{output_file} is complete: nothing is left to do")
+        empty = len(writer.file.empty())
+        if empty:
+            note(
+                f"{empty} sentences in it were longer than a teacher read: nothing is taught there"
+            )
     elif begun or len(mine) < len(missing):
         note(f"{len(missing)} of {len(layout.lengths)} sentences are missing; {len(mine)} are ours")
-    limits = utils.resolve_max_positions(
-        first.task.max_positions(), *(module.max_positions() for module in modules)
-    )
     batches = Batches(dataset, mine, limits, max_tokens)
-    if len(mine) and not len(batches):
-        raise CommandError(f"all sentences are longer than a teacher reads ({limits} positions)")
     seen = Seen()
     began = time.time()
     try:
@@ -298,14 +304,19 @@ def _task(name: str, data: Path, arguments: Sequence[str]) -> Any:
 
 def _check_dictionaries(trained: Trained, first: Trained, data: Path) -> None:
     """Refuse a model whose words are others, or stand in another order."""
-    folder = data_of(read_checkpoint(trained.path, mmap=True))
-    if folder is not None and not folder.is_dir():
-        note(
-            f"{trained.path} was trained with {folder}, which is not here: its dictionary is taken "
-            f"to be that of {data}"
-        )
-    elif folder is not None and folder.resolve() != data.resolve():
-        for file in sorted(data.glob("dict*.txt")):
+    named = data_of(read_checkpoint(trained.path, mmap=True))
+    if named is not None:
+        # A path may be relative to where the training began, which is most often above what it has
+        # saved. From here it may be the data itself, and would agree with it whatever it was.
+        above = (parent / named for parent in trained.path.resolve().parents)
+        folder = next((one for one in above if one.is_dir()), named)
+        here = folder.resolve() == data.resolve()
+        if not folder.is_dir() or (here and folder == named and not named.is_absolute()):
+            note(
+                f"{trained.path} was trained with {named}, which was not found: its dictionary is "
+                f"taken to be that of {data}"
+            )
+        for file in [] if here else sorted(data.glob("dict*.txt")):
             if (folder / file.name).is_file():
                 its, ours = (Dictionary.load(str(f)).symbols for f in (folder / file.name, file))
                 _same_words(its, ours, trained.path, f"{file} (trained with {folder})")
