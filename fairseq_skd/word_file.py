@@ -269,23 +269,20 @@ class WordFile:
 
     def damaged(self) -> List[int]:
         """Return the sentences whose mark is not their checksum, but for those without a mark."""
-        return [
+        self._memory.madvise(mmap.MADV_SEQUENTIAL)
+        wrong = [
             i
-            for i, (begin, end) in enumerate(self._ranges())
+            for i, (begin, end) in enumerate(zip(self.starts, self.starts[1:]))
             if self.marks[i] not in (0, checksum(self.words[begin:end]))
         ]
+        self._memory.madvise(mmap.MADV_RANDOM)
+        return wrong
 
     def empty(self) -> np.ndarray:
-        """Return the sentences that are written and have no words: nothing is taught there."""
-        given = (self.words[begin:end]["probabilities"] for begin, end in self._ranges())
-        none = np.fromiter((not one.any() for one in given), bool, len(self.marks))
-        return np.flatnonzero(none & (self.marks != 0))
-
-    def _ranges(self) -> Iterator[Tuple[int, int]]:
-        """Yield where the records of each sentence begin and end, to read all of the file."""
-        self._memory.madvise(mmap.MADV_SEQUENTIAL)
-        yield from zip(self.starts, self.starts[1:])
-        self._memory.madvise(mmap.MADV_RANDOM)
+        """Return the sentences that have no words, if marks are checksums: by those of nothing."""
+        lengths, which = np.unique(np.diff(self.starts), return_inverse=True)
+        nothing = [checksum(np.zeros(length, self.words.dtype)) for length in lengths]
+        return np.flatnonzero(self.marks == np.array(nothing, np.uint32)[which])
 
     def expect(self, sentences: np.ndarray) -> None:
         """Let the system read what a batch will ask for, all at once and meanwhile."""

@@ -105,7 +105,7 @@ def _look_into(path: Path, as_json: bool, as_csv: bool) -> None:
             stored = StoredTargets(path)
             rows.append({"what": "fingerprint", "found": stored.fingerprint})
             with waiting("reading all of it"):
-                damaged, empty = stored.file.damaged(), stored.file.empty()
+                damaged = stored.file.damaged()
             if damaged:
                 # `write_stored_targets` knows no text.
                 mends = "Write it anew"
@@ -115,7 +115,8 @@ def _look_into(path: Path, as_json: bool, as_csv: bool) -> None:
                     f"{path} is damaged: {len(damaged)} sentences are not what was written, the "
                     f"first one is {damaged[0]}. {mends}"
                 )
-            rows.append({"what": "sentences without words", "found": f"{len(empty):,}"})
+            empty = f"{len(stored.file.empty()):,}"
+            rows.append({"what": "sentences without words", "found": empty})
         rows.append({"what": "whole", "found": "no" if flaw else "yes"})
     output.show({"file": Titled(str(path), rows)}, {}, as_json, as_csv)
     if flaw:
